@@ -1,0 +1,76 @@
+"""Exit codes and messages of the process boundary, each in a process of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from easylm.command import format_error
+from easylm.errors import InputError
+
+PROGRAM = """
+from easylm.command import run_command
+from easylm.errors import InputError
+
+def main(argv):
+{body}
+
+run_command(main)
+"""
+
+
+def run(body, *arguments):
+    program = PROGRAM.format(body="\n".join(f"    {line}" for line in body.splitlines()))
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_success_passes_the_arguments_on():
+    result = run("print(argv)\nreturn None", "--a=1", "b")
+    assert (result.returncode, result.stdout) == (0, "['--a=1', 'b']\n")
+
+
+def test_the_exit_code_of_main_is_kept():
+    assert run("return 75").returncode == 75
+
+
+def test_input_error_is_one_message_and_code_2():
+    result = run("raise InputError('data.seq_len must be at least 2, got 0')")
+    assert result.returncode == 2
+    assert result.stderr == "error: data.seq_len must be at least 2, got 0\n"
+    assert result.stdout == ""
+
+
+def test_a_fault_shows_its_traceback_and_code_1():
+    result = run("raise ValueError('a fault of ours')")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "ValueError: a fault of ours" in result.stderr
+
+
+def test_interrupt_is_quiet_and_code_130():
+    body = "import time\nprint('ready', flush=True)\ntime.sleep(60)"
+    program = PROGRAM.format(body="\n".join(f"    {line}" for line in body.splitlines()))
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout.readline() == b"ready\n"
+    time.sleep(0.05)  # the line is printed just before the sleep that the signal must interrupt
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (130, b"")
+
+
+def test_messages_wrap_at_80_columns_but_paths_stay_whole():
+    path = "/data/" + "very-long-folder-name/" * 5 + "train.jsonl"
+    message = format_error(InputError(f"{path}:17: {'words ' * 30}\n  second line stays apart"))
+    lines = message.splitlines()
+    assert path in message
+    assert all(len(line) <= 80 for line in lines if path not in line)
+    assert lines[-1] == "  second line stays apart"
+    assert len(lines) > 3
