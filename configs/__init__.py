@@ -1,0 +1,1 @@
+"""One file per run; its docstring says how to run it and what to expect."""

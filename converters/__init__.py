@@ -1,0 +1,1 @@
+"""Weights between Hugging Face, EasyLM and native checkpoints."""

@@ -1,0 +1,1 @@
+"""The LLaMA family: LLaMA 1, 2 and 3, and Code Llama."""
