@@ -1,0 +1,194 @@
+"""The shape of a LLaMA: Hugging Face's field names, read from and written to its config.json."""
+
+import dataclasses
+
+from easylm.errors import InputError
+
+ROPE_TYPES = ("linear", "llama3", "dynamic")
+ROPE_FIELDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE's frequencies are stretched beyond the length a model was pretrained on.
+
+    `linear` divides every angle by `factor`; `llama3` divides only the slow frequencies
+    (Llama 3.1); `dynamic` raises the base with the length of the text at hand (NTK-aware),
+    which has no meaning for packed rows, so training refuses it.
+    """
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and constants of one LLaMA; every field means what it means in Hugging Face."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"num_attention_heads: found {self.num_attention_heads}; wanted a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"head_dim: found {self.head_dim}; wanted an even number (RoPE)")
+
+    @classmethod
+    def from_hf(cls, hf: dict, where: str) -> "LlamaConfig":
+        """Reads a Hugging Face config.json, in the spelling of transformers 4 or 5.
+
+        Args:
+          hf: the parsed config.json.
+          where: its path, for messages.
+        Raises:
+          InputError: another architecture, an unsupported activation or rope type, or a
+            missing or wrong field.
+        """
+        model_type = hf.get("model_type")
+        if model_type != "llama":
+            raise InputError(
+                f"{where}: model_type: found {model_type!r} (architectures "
+                f"{hf.get('architectures')}); wanted 'llama', the one architecture supported "
+                "(LLaMA 1, LLaMA 2, Code Llama, Llama 3 and models of their shape)"
+            )
+        if hf.get("hidden_act", "silu") != "silu":
+            raise InputError(f"{where}: hidden_act: found {hf['hidden_act']!r}; wanted 'silu'")
+        heads = _number(hf, "num_attention_heads", int, where)
+        hidden_size = _number(hf, "hidden_size", int, where)
+        eos = hf.get("eos_token_id", 2)
+        fields = {
+            "vocab_size": _number(hf, "vocab_size", int, where),
+            "hidden_size": hidden_size,
+            "intermediate_size": _number(hf, "intermediate_size", int, where),
+            "num_hidden_layers": _number(hf, "num_hidden_layers", int, where),
+            "num_attention_heads": heads,
+            "num_key_value_heads": _number(hf, "num_key_value_heads", int, where, heads),
+            "head_dim": _number(hf, "head_dim", int, where, hidden_size // heads),
+            "max_position_embeddings": _number(hf, "max_position_embeddings", int, where, 2048),
+            "rms_norm_eps": _number(hf, "rms_norm_eps", float, where, 1e-6),
+            "rope_theta": _rope_theta(hf, where),
+            "rope_scaling": _rope_scaling(hf, where),
+            "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
+            "attention_bias": bool(hf.get("attention_bias", False)),
+            "mlp_bias": bool(hf.get("mlp_bias", False)),
+            "initializer_range": _number(hf, "initializer_range", float, where, 0.02),
+            "bos_token_id": hf.get("bos_token_id", 1),
+            "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
+            "pad_token_id": hf.get("pad_token_id"),
+        }
+        try:
+            return cls(**fields)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+
+    def to_hf(self, dtype: str) -> dict:
+        """The config.json of this model, understood by transformers 4 and 5 alike.
+
+        Args:
+          dtype: of the weights beside it, "float32" or "bfloat16".
+        """
+        scaling = self.rope_scaling and {
+            name: value
+            for name, value in dataclasses.asdict(self.rope_scaling).items()
+            if value is not None
+        }
+        rope_parameters = {"rope_theta": self.rope_theta, **(scaling or {"rope_type": "default"})}
+        eos = self.eos_token_id
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "attention_bias": self.attention_bias,
+            "attention_dropout": 0.0,
+            "bos_token_id": self.bos_token_id,
+            "dtype": dtype,
+            "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "initializer_range": self.initializer_range,
+            "intermediate_size": self.intermediate_size,
+            "max_position_embeddings": self.max_position_embeddings,
+            "mlp_bias": self.mlp_bias,
+            "num_attention_heads": self.num_attention_heads,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_key_value_heads": self.num_key_value_heads,
+            "pad_token_id": self.pad_token_id,
+            "pretraining_tp": 1,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_parameters": rope_parameters,
+            "rope_scaling": scaling,
+            "rope_theta": self.rope_theta,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "torch_dtype": dtype,
+            "use_cache": True,
+            "vocab_size": self.vocab_size,
+        }
+
+
+def _number(hf: dict, name: str, kind: type, where: str, default: int | float | None = None):
+    value = hf.get(name)
+    if value is None:
+        value = default
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or value != kind(value) or value <= 0:
+        raise InputError(f"{where}: {name}: found {value!r}; wanted a positive {kind.__name__}")
+    return kind(value)
+
+
+def _rope_theta(hf: dict, where: str) -> float:
+    # transformers 5 moved it into rope_parameters; files of both kinds are about, and some
+    # carry both spellings.
+    spellings = {
+        float(place["rope_theta"])
+        for place in (hf, hf.get("rope_parameters") or {})
+        if place.get("rope_theta") is not None
+    }
+    if len(spellings) > 1:
+        raise InputError(
+            f"{where}: rope_theta: found {sorted(spellings)} in rope_theta and rope_parameters; "
+            "wanted one value"
+        )
+    return spellings.pop() if spellings else 10000.0
+
+
+def _rope_scaling(hf: dict, where: str) -> RopeScaling | None:
+    given = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    rope_type = given.get("rope_type", given.get("type", "default"))
+    if rope_type == "default":
+        return None
+    if rope_type not in ROPE_TYPES:
+        raise InputError(
+            f"{where}: rope_scaling.rope_type: found {rope_type!r}; wanted one of {ROPE_TYPES}"
+        )
+    at = f"{where}: rope_scaling"
+    values = {name: _number(given, name, float, at) for name in ROPE_FIELDS[rope_type]}
+    if rope_type == "llama3":
+        values["original_max_position_embeddings"] = int(values["original_max_position_embeddings"])
+    return RopeScaling(rope_type, **values)

@@ -1,0 +1,109 @@
+"""One optimizer step: a pure function (state, batch) -> (state, metrics)."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from easylm.sharding import batch_sharding, replicated
+
+Batch = dict[str, jax.Array]  # [batch, seq] arrays; see easylm/data/batches.py
+# (model, batch, rng) -> (sum of losses, sum of weights, metrics that are sums too)
+LossFn = Callable[[nnx.Module, Batch, jax.Array], tuple[jax.Array, jax.Array, dict]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes from step to step.
+
+    Attributes:
+      step: [] int32, optimizer steps done.
+      params: nested dict of arrays.
+      opt_state: of the optimizer, sharded like the parameters it belongs to.
+    """
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+
+
+def make_train_step(
+    graph: nnx.GraphDef,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    micro_batches: int,
+    seed: int,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+    """The step that training runs and that plan compiles.
+
+    Gradients, losses and weights are summed over micro-batches and over the mesh, then divided
+    once by the global sum of weights.
+
+    Returns:
+      step(state, batch) -> (state, {"loss", "grad_norm", "weight", and what loss_fn adds}).
+    """
+
+    def sums(params, batch, rng):
+        loss_sum, weight_sum, metrics = loss_fn(nnx.merge(graph, params), batch, rng)
+        return loss_sum, (weight_sum, metrics)
+
+    def step(state: TrainState, batch: Batch):
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        gradient_fn = jax.value_and_grad(sums, has_aux=True)
+        if micro_batches > 1:
+            rows = batch["tokens"].shape[0] // micro_batches
+            gradient_fn = optax.microbatching.microbatch(gradient_fn, 1, rows)
+        (loss_sum, (weight, metrics)), gradients = gradient_fn(state.params, batch, rng)
+        gradients = jax.tree.map(lambda g: g / weight, gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss_sum / weight,
+            "grad_norm": optax.global_norm(gradients),
+            "weight": weight,
+            **metrics,
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return step
+
+
+def state_shardings(
+    abstract_params: dict, shardings: dict, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The TrainState tree with a NamedSharding for each array.
+
+    Moments lie where their parameter lies; counters are replicated.
+    """
+    abstract = jax.eval_shape(optimizer.init, abstract_params)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        abstract,
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    return TrainState(replicated(mesh), shardings, opt_state)
+
+
+def compile_step(step, shardings: TrainState, mesh: Mesh):
+    """`step` jitted with its placements; the state it is given is consumed."""
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def init_state(params: dict, optimizer, shardings: TrainState) -> TrainState:
+    """The state before the first step, around parameters already on the mesh."""
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
+    return TrainState(step, params, opt_state)
