@@ -1,0 +1,164 @@
+"""Batches by number: batch k is a pure function of the examples, the seed and k."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from easylm.data.encode import Examples
+from easylm.data.pack import Plan, one_per_row, pack
+
+Batch = dict[str, np.ndarray]
+
+
+def build_rows(examples: Examples, rows: Sequence[Iterable[int]], seq_len: int) -> Batch:
+    """Lays examples out in rows.
+
+    Args:
+        examples: encoded examples.
+        rows: for each row the ids of its examples, whose lengths sum to at most `seq_len`; a row
+            without ids is all padding.
+        seq_len: tokens of a row.
+
+    Returns:
+        Arrays `[rows, seq_len]`: int32 `tokens`, `targets` (the token after each one in its
+        segment, else 0), `segment_ids` (1, 2, ... in a row; 0 is padding) and `positions` (from 0
+        in each segment; 0 in padding), float32 `loss_weights` (1 where the target is trained).
+    """
+    shape = (len(rows), seq_len)
+    batch = {
+        name: np.zeros(shape, np.int32)
+        for name in ("tokens", "targets", "segment_ids", "positions")
+    }
+    batch["loss_weights"] = np.zeros(shape, np.float32)
+    for row, ids in enumerate(rows):
+        start = 0
+        for segment, example in enumerate(ids, 1):
+            tokens, mask = examples.example(example)
+            end = start + len(tokens)
+            if end > seq_len:
+                raise ValueError(f"row {row} holds {end} tokens; wanted at most {seq_len}")
+            batch["tokens"][row, start:end] = tokens
+            batch["segment_ids"][row, start:end] = segment
+            batch["positions"][row, start:end] = np.arange(len(tokens))
+            # The last token of a segment has no target: the next one belongs to another example.
+            batch["targets"][row, start : end - 1] = tokens[1:]
+            batch["loss_weights"][row, start : end - 1] = mask[1:]
+            start = end
+    return batch
+
+
+class BatchStream:
+    """The batches of a run, by step.
+
+    Batch k holds rows [k * batch_rows, (k + 1) * batch_rows) of the plans of all epochs one after
+    another, so a batch may span two epochs. Empty rows fill up the last batch of a run.
+
+    Args:
+        examples: encoded examples, none longer than `seq_len`.
+        seq_len: tokens of a row.
+        batch_rows: rows of a batch.
+        seed: with the epoch, decides order and packing.
+        packing: whether examples share rows.
+        epochs: how often every example is seen; or
+        steps: how many batches there are.
+        row_multiple: the arrays have the next multiple of it as rows, more than `batch_rows` where
+            a mesh needs it. The rows added are empty: the data order does not depend on it.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        *,
+        seq_len: int,
+        batch_rows: int,
+        seed: int,
+        packing: bool = False,
+        epochs: int | None = None,
+        steps: int | None = None,
+        row_multiple: int = 1,
+    ):
+        if (epochs is None) == (steps is None):
+            raise ValueError(f"epochs={epochs} and steps={steps}: wanted one of them")
+        self._examples = examples
+        self._seq_len = seq_len
+        self._batch_rows = batch_rows
+        self.rows_per_batch = -(-batch_rows // row_multiple) * row_multiple
+        plans: list[Plan] = []
+        rows = 0
+        while len(plans) < epochs if steps is None else rows < steps * batch_rows:
+            epoch = len(plans)
+            plans.append(
+                pack(examples.lengths, seq_len, seed, epoch)
+                if packing
+                else one_per_row(len(examples), seed, epoch)
+            )
+            rows += len(plans[-1])
+        self._plan = Plan.concatenate(plans)
+        self._epoch_ends = np.cumsum([len(plan) for plan in plans])
+        self._steps = -(-rows // batch_rows) if steps is None else steps
+
+    def __len__(self) -> int:
+        """The number of batches."""
+        return self._steps
+
+    def __getitem__(self, step: int) -> Batch:
+        """Batch `step`, all of it."""
+        return self.batch(step)
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """Builds one batch.
+
+        Args:
+            step: from 0.
+            rows: which of the `rows_per_batch` rows to build: what one process holds.
+
+        Returns:
+            Arrays `[rows, seq_len]` as in `build_rows`.
+        """
+        return build_rows(self._examples, self.plan_rows(step)[rows], self._seq_len)
+
+    def plan_rows(self, step: int) -> list[np.ndarray]:
+        """The example ids of every row of batch `step`, from 0; empty for rows of padding."""
+        if not 0 <= step < self._steps:
+            raise IndexError(f"step {step} of {self._steps}")
+        first = step * self._batch_rows
+        last = min(first + self._batch_rows, len(self._plan))
+        rows = [self._plan.row(row) for row in range(first, last)]
+        return rows + [self._plan.ids[:0]] * (self.rows_per_batch - len(rows))
+
+    def epoch(self, step: int) -> float:
+        """Epochs seen after `step` batches; the fraction counts rows."""
+        row = min(step * self._batch_rows, len(self._plan))
+        epoch = int(np.searchsorted(self._epoch_ends, row, side="right"))
+        if epoch == len(self._epoch_ends):
+            return float(epoch)
+        start = self._epoch_ends[epoch - 1] if epoch else 0
+        return epoch + float((row - start) / (self._epoch_ends[epoch] - start))
+
+    @property
+    def fill(self) -> float:
+        """The share of the run's row space that holds tokens and not padding."""
+        tokens = int(self._examples.lengths[self._plan.ids].sum())
+        return tokens / (len(self._plan) * self._seq_len)
+
+
+def prefetch(
+    stream: BatchStream, start: int = 0, rows: slice = slice(None), threads: int = 2, ahead: int = 8
+) -> Iterator[Batch]:
+    """Builds batches ahead of their use, in order, from `start` to the end of the stream.
+
+    Args:
+        stream: the run.
+        start: the first step.
+        rows: which rows of each batch this process holds.
+        threads: how many build batches.
+        ahead: how many batches may wait.
+    """
+    import grain  # imports jax, which is not needed to check data
+
+    steps = grain.MapDataset.range(start, len(stream))
+    built = steps.map(lambda step: stream.batch(int(step), rows))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    return iter(built.to_iter_dataset(options))

@@ -1,0 +1,189 @@
+"""One raw row to a conversation, or to the list of everything that is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Conversation = list[dict[str, str]]
+
+_ROLES = ("system", "user", "assistant")
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+}
+_FORMS = (
+    "'messages', 'instruction' + 'output' [+ 'input'], 'prompt' + 'completion', or 'conversations'"
+)
+
+
+class Problem(NamedTuple):
+    """What is wrong with a row: `reason` is what problems are counted by."""
+
+    reason: str
+    field: str
+    found: str
+    wanted: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.found}; wanted {self.wanted}"
+
+
+def normal_form(row: Any) -> tuple[Conversation, list[Problem]]:
+    """Turns a row into messages.
+
+    Rows are `messages` of `role` and `content`; `instruction` + `output` with an optional `input`,
+    which follows the instruction after a blank line; `prompt` + `completion`; or `conversations`
+    of `from` (human, gpt, system) and `value`. A system message may come first, then user and
+    assistant take turns, user first.
+
+    Returns:
+        The messages, each with `role` and `content` alone, and the problems. The messages mean
+        nothing unless the list of problems is empty.
+    """
+    if not isinstance(row, dict):
+        problem = Problem("not an object", "row", _show(row), f"a JSON object with {_FORMS}")
+        return [], [problem]
+    # A row may carry fields of its own, such as the prompt beside the messages that contain it.
+    complete = [form for form in _FORM_READERS if all(name in row for name in form)]
+    forms = complete or [form for form in _FORM_READERS if form[0] in row]
+    if len(forms) != 1:
+        found = _shorten(f"fields {', '.join(map(repr, row)) or 'none'}")
+        reason = "several forms in one row" if forms else "no known form"
+        return [], [Problem(reason, "row", found, f"exactly one of {_FORMS}")]
+    return _FORM_READERS[forms[0]](row)
+
+
+def _from_messages(row: dict) -> tuple[Conversation, list[Problem]]:
+    return _from_turns(row, "messages", "role", "content", {role: role for role in _ROLES})
+
+
+def _from_conversations(row: dict) -> tuple[Conversation, list[Problem]]:
+    return _from_turns(row, "conversations", "from", "value", _SHAREGPT_ROLES)
+
+
+def _from_turns(
+    row: dict, field: str, role_key: str, text_key: str, roles: dict[str, str]
+) -> tuple[Conversation, list[Problem]]:
+    turns = row[field]
+    if not isinstance(turns, list):
+        return [], [Problem(f"{field} is not a list", field, _show(turns), "a list of messages")]
+    if not turns:
+        return [], [Problem(f"{field} is empty", field, "an empty list", "at least two messages")]
+    messages, problems = [], []
+    for index, turn in enumerate(turns):
+        where = f"{field}[{index}]"
+        if not isinstance(turn, dict):
+            wanted = f"an object with {role_key!r} and {text_key!r}"
+            problems.append(Problem("message is not an object", where, _show(turn), wanted))
+            continue
+        role = turn.get(role_key)
+        if not isinstance(role, str) or role not in roles:
+            found = _show(role) if role_key in turn else "missing"
+            reason = "unknown role" if role_key in turn else "role is missing"
+            wanted = f"one of {', '.join(roles)}"
+            problems.append(Problem(reason, f"{where}.{role_key}", found, wanted))
+        content, problem = _text(turn, text_key, f"{where}.{text_key}")
+        if problem:
+            problems.append(problem)
+        if not problems:
+            messages.append({"role": roles[role], "content": content})
+    return messages, problems or _check_turns(messages, field)
+
+
+def _check_turns(messages: Conversation, field: str) -> list[Problem]:
+    roles = [message["role"] for message in messages]
+    problems = []
+    expected = "user"
+    for index, role in enumerate(roles):
+        if index == 0 and role == "system":
+            continue
+        if role != expected:
+            before = f"after {roles[index - 1]}" if index else "first"
+            reason = "system is not first" if role == "system" else "turns do not alternate"
+            problems.append(Problem(reason, f"{field}[{index}]", f"{role} {before}", expected))
+            break
+        expected = "assistant" if role == "user" else "user"
+    if "assistant" not in roles:
+        found = f"roles {', '.join(roles)}"
+        problems.append(Problem("no assistant turn", field, found, "an assistant message"))
+    return problems
+
+
+def _from_instruction(row: dict) -> tuple[Conversation, list[Problem]]:
+    texts, problems = _texts(row, ("instruction", "output"))
+    context = row.get("input")
+    if context is not None and not isinstance(context, str):
+        wanted = "text, an empty string or null"
+        problems.append(Problem("text is not a string", "input", _show(context), wanted))
+    elif context and not _is_unicode(context):
+        problems.append(_surrogate("input"))
+    if problems:
+        return [], problems
+    instruction = texts["instruction"]
+    if context and context.strip():
+        instruction = f"{instruction.strip()}\n\n{context.strip()}"
+    return _pair(instruction, texts["output"]), []
+
+
+def _from_prompt(row: dict) -> tuple[Conversation, list[Problem]]:
+    texts, problems = _texts(row, ("prompt", "completion"))
+    return ([], problems) if problems else (_pair(texts["prompt"], texts["completion"]), [])
+
+
+_FORM_READERS: dict[tuple[str, ...], Callable[[dict], tuple[Conversation, list[Problem]]]] = {
+    ("messages",): _from_messages,
+    ("conversations",): _from_conversations,
+    ("instruction", "output"): _from_instruction,
+    ("prompt", "completion"): _from_prompt,
+}
+
+
+def _pair(user: str, assistant: str) -> Conversation:
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+
+def _texts(row: dict, names: tuple[str, ...]) -> tuple[dict[str, str], list[Problem]]:
+    checked = {name: _text(row, name, name) for name in names}
+    problems = [problem for _, problem in checked.values() if problem]
+    return {name: text for name, (text, _) in checked.items()}, problems
+
+
+def _text(owner: dict, key: str, where: str) -> tuple[str, Problem | None]:
+    if key not in owner:
+        return "", Problem("text is missing", where, "missing", "text")
+    text = owner[key]
+    if not isinstance(text, str):
+        return "", Problem("text is not a string", where, _show(text), "text")
+    if not text.strip():
+        found = "an empty string" if not text else "only white space"
+        return "", Problem("text is empty", where, found, "text")
+    if not _is_unicode(text):
+        return "", _surrogate(where)
+    return text, None
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8: JSON escapes can spell half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _surrogate(where: str) -> Problem:
+    return Problem("lone surrogate", where, "half of a \\ud8xx surrogate pair", "valid Unicode")
+
+
+def _show(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", type(None): "null"}
+    return _shorten(kinds.get(type(value)) or repr(value))
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,319 @@
+"""Tokenizers: load one from anywhere, carry it in a checkpoint, write it beside exported weights.
+
+Every tokenizer here is a `PreTrainedTokenizerFast`, which is its tokenizer.json and nothing more:
+transformers 4 and 5 give the same ids for it, whereas classes such as `LlamaTokenizer` rebuild the
+pipeline in their own way in each version. transformers takes seconds to import, so the functions
+that need it import it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from etils import epath
+
+from easylm.chat import TULU
+from easylm.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+_NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+)
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load_tokenizer(
+    path: str | os.PathLike[str], chat_template: str = "tulu"
+) -> PreTrainedTokenizerFast:
+    """Loads a tokenizer and gives it the chat template to train with.
+
+    Args:
+        path: a Hugging Face folder, a folder or file with a sentencepiece `tokenizer.model`, a
+            `tokenizer.json` (local or gs://), or a name on the Hugging Face hub.
+        chat_template: `tulu`, or `own` for the template that comes with the tokenizer, or the path
+            of a jinja file.
+
+    Raises:
+        InputError: nothing is there, it is not a tokenizer this can read exactly, or it lacks an
+            end-of-sequence token or the template asked for.
+    """
+    path = os.fspath(path)
+    files = _read_files(path)
+    if files is None:
+        tokenizer = _from_hub(path)
+    elif "tokenizer.json" not in files and "tokenizer.model" in files:
+        tokenizer = _from_sentencepiece(files["tokenizer.model"], path)
+    else:
+        tokenizer = load_tokenizer_files(files, path)
+    if tokenizer.eos_token is None:
+        raise InputError(
+            f"{path}: the tokenizer names no eos_token, so an answer could not end; "
+            f"add eos_token to its tokenizer_config.json"
+        )
+    if chat_template == "tulu":
+        tokenizer.chat_template = TULU
+    elif chat_template != "own":
+        template = epath.Path(chat_template)
+        if not template.is_file():
+            raise InputError(
+                f"chat_template: found {chat_template!r}; wanted 'tulu', 'own' or a jinja file"
+            )
+        tokenizer.chat_template = template.read_text()
+    elif tokenizer.chat_template is None:
+        raise InputError(f"{path}: the tokenizer has no chat template; use chat_template='tulu'")
+    return tokenizer
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:
+    """The files of a Hugging Face folder that give this tokenizer back, as name to content.
+
+    The chat template is inside tokenizer_config.json, where transformers 4 and 5 both look.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["truncation"] = state["padding"] = None
+    names = {
+        name: str(token)
+        for name in _NAMED_TOKENS
+        if (token := tokenizer.special_tokens_map.get(name)) is not None
+    }
+    config: dict[str, object] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": tokenizer.model_max_length,
+        **names,
+    }
+    if tokenizer.chat_template is not None:
+        config["chat_template"] = tokenizer.chat_template
+    return {
+        "tokenizer.json": _json_bytes(state),
+        "tokenizer_config.json": _json_bytes(config),
+        "special_tokens_map.json": _json_bytes(names),
+    }
+
+
+def load_tokenizer_files(
+    files: dict[str, bytes], where: str = "tokenizer"
+) -> PreTrainedTokenizerFast:
+    """Loads what `tokenizer_files` gives, or the tokenizer files of any Hugging Face folder.
+
+    Args:
+        files: file name to content.
+        where: the name of their place, for error messages.
+
+    Raises:
+        InputError: the files do not make a fast tokenizer.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # Files without tokenizer.json (GPT-2, OPT) need the class that knows how to build one.
+    loader = PreTrainedTokenizerFast if "tokenizer.json" in files else AutoTokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            epath.Path(folder, name).write_bytes(content)
+        try:
+            tokenizer = loader.from_pretrained(folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{where}: the tokenizer files cannot be read: {error}") from error
+    return _require_fast(tokenizer, where)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | os.PathLike[str]) -> None:
+    """Trains a LLaMA-style tokenizer and writes it as a Hugging Face folder.
+
+    Byte-pair encoding by sentencepiece with LLaMA's settings: `<unk>`, `<s>`, `</s>` are 0, 1, 2,
+    then 256 bytes; digits stand alone; text is not normalized. The same texts give the same ids.
+
+    Args:
+        texts: what it is trained on.
+        vocab_size: the number of ids, an upper limit: small texts give fewer.
+        folder: where to write; made if missing.
+    """
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        character_coverage=0.99995,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    tokenizer = _from_sentencepiece(model.getvalue(), "the trained tokenizer")
+    tokenizer.chat_template = TULU
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in tokenizer_files(tokenizer).items():
+        (folder / name).write_bytes(content)
+
+
+def _read_files(path: str) -> dict[str, bytes] | None:
+    """The tokenizer files at `path`; None when `path` can only be a name on the hub."""
+    place = epath.Path(path).expanduser()
+    if place.is_dir():
+        files = {name: (place / name).read_bytes() for name in _FILES if (place / name).is_file()}
+        if not files.keys() & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
+            raise InputError(
+                f"{path}: no tokenizer in this folder; wanted tokenizer.json or tokenizer.model"
+            )
+        return files
+    if place.is_file():
+        name = "tokenizer.json" if place.suffix == ".json" else "tokenizer.model"
+        return {name: place.read_bytes()}
+    if not _HUB_NAME.fullmatch(path) or path.startswith("."):
+        raise InputError(
+            f"{path}: no such folder or file; wanted a folder with tokenizer.json or "
+            f"tokenizer.model, or a name on the Hugging Face hub"
+        )
+    return None
+
+
+def _from_hub(name: str) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import cached_file
+
+    try:
+        exact = cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+        loader = PreTrainedTokenizerFast if exact else AutoTokenizer
+        tokenizer = loader.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{name}: no such folder, and the Hugging Face hub did not give a tokenizer of that "
+            f"name: {error}"
+        ) from error
+    return _require_fast(tokenizer, name)
+
+
+def _require_fast(tokenizer, where: str) -> PreTrainedTokenizerFast:
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{where}: {type(tokenizer).__name__} is not a fast tokenizer; wanted tokenizer.json "
+            f"(transformers writes one with AutoTokenizer...save_pretrained)"
+        )
+    return tokenizer
+
+
+def _from_sentencepiece(model: bytes, where: str) -> PreTrainedTokenizerFast:
+    """Builds the fast LLaMA tokenizer whose ids are those of the sentencepiece model."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import AddedToken, processors
+    from transformers import PreTrainedTokenizerFast
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(model)
+    except DecodeError as error:
+        raise InputError(
+            f"{where}: not a sentencepiece model; for a tiktoken file give the Hugging Face "
+            f"folder with tokenizer.json instead"
+        ) from error
+    _require_llama_style(proto, where)
+    backend = _bpe(proto)
+    kind = sentencepiece_model_pb2.ModelProto.SentencePiece
+    special = [p.piece for p in proto.pieces if p.type in (kind.UNKNOWN, kind.CONTROL)]
+    backend.add_special_tokens([AddedToken(s, normalized=False, special=True) for s in special])
+    trainer = proto.trainer_spec
+    bos = trainer.bos_piece
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, trainer.bos_id)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token=trainer.eos_piece,
+        unk_token=trainer.unk_piece,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _require_llama_style(proto, where: str) -> None:
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    kinds = {piece.type for piece in proto.pieces}
+    checks = {
+        "model_type": (trainer.model_type == trainer.BPE, "BPE"),
+        "byte_fallback": (trainer.byte_fallback, "true"),
+        "normalization": (not normalizer.precompiled_charsmap, "identity"),
+        "add_dummy_prefix": (normalizer.add_dummy_prefix, "true"),
+        "remove_extra_whitespaces": (not normalizer.remove_extra_whitespaces, "false"),
+        "treat_whitespace_as_suffix": (not trainer.treat_whitespace_as_suffix, "false"),
+        "user_defined_symbols": (proto.SentencePiece.USER_DEFINED not in kinds, "none"),
+        "bos_id and eos_id": (trainer.bos_id >= 0 and trainer.eos_id >= 0, "both"),
+    }
+    wrong = [f"{name}: wanted {wanted}" for name, (fine, wanted) in checks.items() if not fine]
+    if not proto.pieces or wrong:
+        raise InputError(
+            f"{where}: not a LLaMA-style sentencepiece model ({'; '.join(wrong) or 'no pieces'}); "
+            f"give the Hugging Face folder with tokenizer.json instead"
+        )
+
+
+def _bpe(proto) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    normal = [piece for piece in proto.pieces if piece.type == proto.SentencePiece.NORMAL]
+    merges = []
+    # sentencepiece joins the pair whose joint piece scores best; here the first rule wins.
+    for piece in sorted(normal, key=lambda piece: -piece.score):
+        text = piece.piece
+        pairs = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
+        merges += [(left, right) for left, right in pairs if left in vocab and right in vocab]
+    backend = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=merges,
+            unk_token=proto.trainer_spec.unk_piece,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1, right=0),
+        ]
+    )
+    return backend
+
+
+def _json_bytes(value: object) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
