@@ -1,0 +1,142 @@
+"""The command line of the commands that take a config: options, overrides and `--help`."""
+
+import textwrap
+from collections.abc import Sequence
+from typing import Generic, NamedTuple, NoReturn, TypeVar
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from easylm.command import COLUMNS
+from easylm.config import ConfigFile, Kind, from_config_dict, load, options, suggest, to_config_dict
+from easylm.errors import InputError
+
+_Config = TypeVar("_Config")
+
+
+class CommandLine(NamedTuple, Generic[_Config]):
+    """What a command line says: the checked config, and the folder for the results."""
+
+    config: _Config
+    workdir: str
+
+
+def parse_command_line(
+    argv: Sequence[str], config_class: type[_Config], program: str, description: str
+) -> CommandLine[_Config]:
+    """Reads `--config=PATH|NAME --workdir=DIR [--config.FIELD=VALUE ...]`; the last value wins.
+
+    `--help` prints every option on stdout and exits 0; beside --config it shows what that file
+    says about itself, and its values in place of the defaults.
+
+    Args:
+      argv: the arguments, without the program's name.
+      config_class: the dataclass that the config fills.
+      program: what is typed to start the command.
+      description: what it does, for --help.
+    Raises:
+      InputError: an unknown option, or anything that `load` and `from_config_dict` refuse.
+    """
+    named, overrides = _split(argv)
+    kinds = {path: kind for path, kind, _ in options(config_class)}
+    file = load(named.config) if named.config else None
+    config = file.config if file else to_config_dict(config_class)
+    for argument in overrides:
+        _override(config, argument, kinds)
+    if named.help:
+        _print_help(program, description, config_class, config, file)
+    if file is None:
+        raise InputError(f"--config: not given; wanted a path or a name. See {program} --help")
+    checked = from_config_dict(config_class, config)
+    if not named.workdir:
+        raise InputError("--workdir: not given; wanted a folder (local or gs://) for the results")
+    return CommandLine(checked, named.workdir)
+
+
+def _split(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
+    """The options proper, and the other arguments in their order."""
+    named = flags.FlagValues()
+    named.set_gnu_getopt(True)
+    flags.DEFINE_string("config", "", "", flag_values=named)
+    flags.DEFINE_string("workdir", "", "", flag_values=named)
+    flags.DEFINE_bool("help", False, "", short_name="h", flag_values=named)
+    try:
+        _, *others = named(["", *argv], known_only=True)
+    except flags.Error as error:
+        raise InputError(str(error)) from None
+    return named, others
+
+
+def _override(config: config_dict.ConfigDict, argument: str, kinds: dict[str, Kind]) -> None:
+    """Applies one `--config.FIELD=VALUE` to `config`."""
+    name, equals, value = argument.partition("=")
+    path = name.removeprefix("--config.")
+    if path not in kinds or not name.startswith("--config."):
+        fields = [f"--config.{known}" for known in kinds]
+        if any(field.startswith(f"{name}.") for field in fields):
+            raise InputError(f"{name}: found a section; wanted {name}.FIELD=VALUE")
+        raise InputError(
+            f"{name}: no such option; wanted --config, --workdir, --help or "
+            f"--config.FIELD=VALUE.{suggest(name.lstrip('-'), fields)}"
+        )
+    if not equals:
+        raise InputError(f"{name}: found no value; wanted {name}=VALUE")
+    kind = kinds[path]
+    if kind.optional and value.lower() == "none":
+        section, _, field = path.rpartition(".")
+        # absl has no way to write None, and a placeholder takes it only as an item.
+        (config[section] if section else config)[field] = None
+        return
+    parsed = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=parsed, sys_argv=["", argument]
+        )
+        parsed(["", argument])
+    except flags.IllegalFlagValueError:
+        raise InputError(f"{name}: found {value!r}; wanted {kind.wanted}") from None
+
+
+def _print_help(
+    program: str,
+    description: str,
+    config_class: type,
+    config: config_dict.ConfigDict,
+    file: ConfigFile | None,
+) -> NoReturn:
+    usage = f"usage: {program} --config=PATH|NAME --workdir=DIR [--config.FIELD=VALUE ...]"
+    parts = [_fill(usage, "", "         "), description.strip()]
+    if file:
+        parts += [f"{file.path}:", textwrap.indent(file.docstring.strip(), "  ")]
+    parts += [
+        "options:",
+        _entry(
+            "--config=PATH|NAME",
+            "A Python config file, or the name of one in configs/ without .py.",
+        ),
+        _entry("--workdir=DIR", "Folder for all results, local or gs://."),
+        "fields, with their values{}:".format(" in this config" if file else " by default"),
+    ]
+    for path, kind, text in options(config_class):
+        value = config
+        for name in path.split("."):
+            value = value[name]
+        shown = str(value).lower() if value is None or kind.type is bool else str(value)
+        parts.append(_entry(f"--config.{path}={shown}  ({kind.short})", text))
+    print("\n".join(parts))
+    raise SystemExit(0)
+
+
+def _entry(head: str, text: str) -> str:
+    return f"{_fill(head, '  ', '      ')}\n{_fill(text, '      ', '      ')}"
+
+
+def _fill(text: str, first: str, rest: str) -> str:
+    return textwrap.fill(
+        text,
+        COLUMNS,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
