@@ -24,10 +24,10 @@ PARAM_AXES = {
     r"norm/scale": ("norm",),
     r"layers/(input|post_attention)_layernorm/scale": ("layers", "norm"),
     r"layers/self_attn/q_proj/kernel": ("layers", "embed", "heads", "head_dim"),
-    r"layers/self_attn/[kv]_proj/kernel": ("layers", "embed", "kv_heads", "kv_head_dim"),
+    r"layers/self_attn/[kv]_proj/kernel": ("layers", "kv_embed", "kv_heads", "head_dim"),
     r"layers/self_attn/o_proj/kernel": ("layers", "heads", "head_dim", "embed"),
     r"layers/self_attn/q_proj/bias": ("layers", "heads", "head_dim"),
-    r"layers/self_attn/[kv]_proj/bias": ("layers", "kv_heads", "kv_head_dim"),
+    r"layers/self_attn/[kv]_proj/bias": ("layers", "kv_heads", "head_dim"),
     r"layers/self_attn/o_proj/bias": ("layers", "norm"),
     r"layers/mlp/(gate|up)_proj/kernel": ("layers", "embed", "mlp"),
     r"layers/mlp/down_proj/kernel": ("layers", "mlp", "embed"),
@@ -39,8 +39,8 @@ PARAM_AXES = {
 def mesh_rules(config: LlamaConfig, mesh: Mesh, remat: str = "none") -> dict:
     """Logical axis -> mesh axes, for this model on this mesh.
 
-    Where `tensor` exceeds the KV heads, K and V are stored split along head_dim and computed
-    from kernels repeated to `tensor` heads, one for each shard.
+    Where `tensor` exceeds the KV heads, the kernels of K and V are stored split along embed and
+    repeated to `tensor` heads when used, one for each shard.
     """
     kv_heads_split = config.num_key_value_heads % mesh.shape["tensor"] == 0
     return {
@@ -51,8 +51,8 @@ def mesh_rules(config: LlamaConfig, mesh: Mesh, remat: str = "none") -> dict:
         "vocab_rows": None,
         "heads": "tensor",
         "head_dim": None,
+        "kv_embed": "fsdp" if kv_heads_split else ("fsdp", "tensor"),
         "kv_heads": "tensor" if kv_heads_split else None,
-        "kv_head_dim": None if kv_heads_split else "tensor",
         "mlp": "tensor",
         "norm": None,
         # activations
@@ -76,9 +76,9 @@ def check_mesh(config: LlamaConfig, mesh: Mesh) -> None:
         works = ", ".join(str(size) for size in sizes if _tensor_divides(config, size))
         raise InputError(
             f"mesh: found tensor={tensor}, which does not divide the model (attention heads "
-            f"{config.num_attention_heads}, KV heads {config.num_key_value_heads}, head_dim "
-            f"{config.head_dim}, intermediate_size {config.intermediate_size}, hidden_size "
-            f"{config.hidden_size}); wanted tensor in {works}"
+            f"{config.num_attention_heads}, KV heads {config.num_key_value_heads}, "
+            f"intermediate_size {config.intermediate_size}, hidden_size {config.hidden_size}); "
+            f"wanted tensor in {works}"
         )
     if config.hidden_size % (fsdp * tensor):
         columns = config.hidden_size // tensor
@@ -91,10 +91,9 @@ def check_mesh(config: LlamaConfig, mesh: Mesh) -> None:
 
 def _tensor_divides(config: LlamaConfig, tensor: int) -> bool:
     kv_heads = config.num_key_value_heads
-    kv_splits = kv_heads % tensor == 0
-    kv_repeats = tensor % kv_heads == 0 and config.head_dim % tensor == 0
-    whole = (config.num_attention_heads, config.intermediate_size, config.hidden_size)
-    return (kv_splits or kv_repeats) and all(size % tensor == 0 for size in whole)
+    split = (config.num_attention_heads, config.intermediate_size, config.hidden_size)
+    kv_divides = kv_heads % tensor == 0 or tensor % kv_heads == 0
+    return kv_divides and all(size % tensor == 0 for size in split)
 
 
 def param_shardings(config: LlamaConfig, mesh: Mesh) -> dict:

@@ -1,0 +1,42 @@
+"""Supervised fine-tuning: the mean negative log-probability of what the assistant says."""
+
+import jax
+import jax.numpy as jnp
+
+from easylm.losses import cross_entropy, token_logprobs
+from easylm.models.llama.model import Llama
+from easylm.trainers.step import Batch, LossFn
+
+
+def sft_loss(*, loss_chunk: int) -> LossFn:
+    """The loss of a packed batch, as sums.
+
+    Args:
+      loss_chunk: positions of a row whose logits exist at once.
+    Returns:
+      loss_fn(model, batch, rng) -> (sum of -weight * log p(target), sum of weights, counts).
+      The batch holds tokens, targets, loss_weights, segment_ids and positions, [batch, seq].
+    """
+
+    def loss_fn(model: Llama, batch: Batch, rng: jax.Array):
+        hidden = model.hidden_states(batch["tokens"], batch["positions"], batch["segment_ids"])
+        logprobs = token_logprobs(
+            hidden, model.head(), batch["targets"], model.config.vocab_size, loss_chunk
+        )
+        return *cross_entropy(logprobs, batch["loss_weights"]), token_counts(batch)
+
+    return loss_fn
+
+
+def token_counts(batch: Batch) -> dict[str, jax.Array]:
+    """What a batch holds, as float32 sums over it.
+
+    tokens: not padding. target_tokens: with a loss. causal_pairs: (query, key) pairs of
+    attention, i + 1 for the i-th token of a segment.
+    """
+    is_token = batch["segment_ids"] > 0
+    return {
+        "tokens": jnp.sum(is_token, dtype=jnp.float32),
+        "target_tokens": jnp.sum(batch["loss_weights"] > 0, dtype=jnp.float32),
+        "causal_pairs": jnp.sum(jnp.where(is_token, batch["positions"] + 1.0, 0.0)),
+    }
