@@ -1,0 +1,252 @@
+"""Files and folders by name, on a disk (`/data/x`) or in a bucket (`gs://bucket/x`)."""
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import fsspec
+import numpy as np
+
+from easylm.errors import InputError
+
+COMPLETE = "COMPLETE"
+# One stream from a bucket is slow, so a large read is several requests at once. Together they
+# bound the memory a read needs beside its result.
+REQUEST_BYTES = 32 << 20
+CONCURRENT_REQUESTS = 8
+# Objects are uploaded in blocks of this size.
+UPLOAD_BYTES = 32 << 20
+
+
+def is_bucket(path: str) -> bool:
+    """Whether `path` names something in a bucket rather than on a disk."""
+    return path.startswith("gs://")
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or folder of that name; in a bucket, any object below it."""
+    with explained(path):
+        return _file_system(path).exists(path)
+
+
+def is_folder(path: str) -> bool:
+    """Whether `path` is a folder; in a bucket, whether objects lie below it."""
+    with explained(path):
+        return _file_system(path).isdir(path)
+
+
+def file_size(path: str) -> int:
+    """Size in bytes. Raises InputError where there is no such file."""
+    with explained(path):
+        info = _file_system(path).info(path)
+    if info["type"] != "file":
+        raise InputError(f"{path}: found a folder; wanted a file")
+    return info["size"]
+
+
+def list_files(folder: str) -> dict[str, int]:
+    """The files directly in `folder`, as name → bytes, sorted by name; subfolders are left out."""
+    with explained(folder):
+        entries = _file_system(folder).ls(folder, detail=True)
+    files = [entry for entry in entries if entry["type"] == "file"]
+    return {os.path.basename(entry["name"]): entry["size"] for entry in sorted(files, key=_name)}
+
+
+def _name(entry: dict) -> str:
+    return entry["name"]
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole of a small file."""
+    return read_range(path, 0, file_size(path))
+
+
+def read_range(path: str, start: int, end: int) -> bytes:
+    """Bytes `[start, end)` of a file, with one request where it lies in a bucket.
+
+    gcsfs repeats a request, with growing pauses, on 429, 5xx and broken connections.
+
+    Raises:
+      InputError: the file cannot be read, or ends before `end`.
+    """
+    with explained(path):
+        data = _file_system(path).cat_file(path, start=start, end=end)
+    if len(data) != end - start:
+        raise _cut(path, start + len(data), end)
+    return data
+
+
+def read_into(path: str, start: int, out: np.ndarray) -> None:
+    """Fills `out`, uint8 [bytes] and contiguous, with the file's bytes from `start` on.
+
+    A memory map would be as fast, but its pages count as resident memory of the process.
+
+    Raises:
+      InputError: the file cannot be read, or ends too soon.
+    """
+    end = start + len(out)
+    with explained(path):
+        if not is_bucket(path):
+            read = _pread(os.path.expanduser(path), start, memoryview(out))
+            if read != len(out):
+                raise _cut(path, start + read, end)
+            return
+        window = REQUEST_BYTES * CONCURRENT_REQUESTS
+        for first in range(start, end, window):
+            starts = list(range(first, min(first + window, end), REQUEST_BYTES))
+            ends = [min(s + REQUEST_BYTES, end) for s in starts]
+            parts = _file_system(path).cat_ranges([path] * len(starts), starts, ends)
+            for s, e, part in zip(starts, ends, parts, strict=True):
+                if isinstance(part, Exception):
+                    raise part
+                if len(part) != e - s:
+                    raise _cut(path, s + len(part), end)
+                out[s - start : e - start] = np.frombuffer(part, np.uint8)
+
+
+def _pread(path: str, start: int, out: memoryview) -> int:
+    """Reads until `out` is full or the file ends; returns the bytes read."""
+    done = 0
+    file = os.open(path, os.O_RDONLY)
+    try:
+        # The kernel stops one call at 2 GiB.
+        while done < len(out) and (count := os.preadv(file, [out[done:]], start + done)):
+            done += count
+    finally:
+        os.close(file)
+    return done
+
+
+def _cut(path: str, found: int, wanted: int) -> InputError:
+    return InputError(f"{path}: ends at byte {found}; wanted bytes up to {wanted}; it is truncated")
+
+
+def open_to_write(path: str) -> BinaryIO:
+    """Opens a new file for bytes; one in a bucket appears when it is closed.
+
+    Wrap what writes to it in `explained`: a full disk or a refusing bucket shows only then.
+    """
+    with explained(path):
+        return _file_system(path).open(path, "wb", block_size=UPLOAD_BYTES)
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Writes a small file."""
+    with explained(path), open_to_write(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def write_folder(target: str) -> Iterator[str]:
+    """Makes the folder `target` whole or not at all.
+
+    Yields the folder to write into. On a disk it is a hidden one beside the target, renamed when
+    the block ends. A bucket has no rename, so there it is the target itself, and what tells a whole
+    folder is the empty object COMPLETE, written last (and present in both kinds). If the block
+    raises, what it wrote is deleted.
+
+    Raises:
+      InputError: the target exists, or cannot be written.
+    """
+    target = target.rstrip("/")
+    if exists(target):
+        unfinished = is_bucket(target) and not exists(f"{target}/{COMPLETE}")
+        why = f" (it has no {COMPLETE}, so whatever wrote it did not finish)" if unfinished else ""
+        raise InputError(
+            f"{target}: exists already{why}; wanted a new folder. Name another, or delete it first"
+        )
+    if is_bucket(target):
+        yield from _write_in_place(target)
+    else:
+        yield from _write_and_rename(os.path.expanduser(target))
+
+
+def _write_in_place(target: str) -> Iterator[str]:
+    try:
+        yield target
+        write_bytes(f"{target}/{COMPLETE}", b"")
+    except BaseException:
+        files = _file_system(target)
+        if files.exists(target):
+            files.rm(target, recursive=True)
+        raise
+
+
+def _write_and_rename(target: str) -> Iterator[str]:
+    parent, name = os.path.split(os.path.abspath(target))
+    beside = os.path.join(parent, f".{name}.{secrets.token_hex(4)}.incomplete")
+    with explained(target):
+        os.makedirs(parent, exist_ok=True)
+        os.mkdir(beside)
+    try:
+        yield beside
+        write_bytes(os.path.join(beside, COMPLETE), b"")
+        with explained(target):
+            os.rename(beside, target)
+    except BaseException:
+        shutil.rmtree(beside)
+        raise
+
+
+def _file_system(path: str) -> fsspec.AbstractFileSystem:
+    # Listings are not cached: another process, or Orbax, may have written since.
+    protocol = "gs" if is_bucket(path) else "file"
+    return fsspec.filesystem(protocol, use_listings_cache=False)
+
+
+_LOCAL_CAUSES = {
+    errno.ENOENT: "no such file or folder",
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
+    errno.EROFS: "the file system is read-only",
+    errno.EISDIR: "found a folder; wanted a file",
+    errno.ENOTDIR: "found a file where a folder is wanted",
+    errno.ENOTEMPTY: "something else made this folder meanwhile",
+    errno.EEXIST: "exists already",
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+}
+
+
+@contextlib.contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Turns what the file systems raise into an InputError that names `path` and the cause."""
+    if not is_bucket(path):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _LOCAL_CAUSES:
+                raise
+            raise InputError(f"{path}: {_LOCAL_CAUSES[error.errno]}") from error
+        return
+    # Both come with gcsfs, and only a path in a bucket needs to wait for their import.
+    from gcsfs.retry import HttpError
+    from google.auth.exceptions import GoogleAuthError
+
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path}: no such object or bucket; check the spelling, and that your credentials may "
+            "see the bucket"
+        ) from error
+    except (OSError, ValueError, HttpError, GoogleAuthError) as error:
+        # gcsfs raises ValueError for a request that the bucket calls malformed.
+        if isinstance(error, ValueError) and not str(error).startswith(("Bad Req", "Bucket is")):
+            raise
+        raise InputError(
+            f"{path}: the bucket refused or did not answer ({_first_line(error)}); usual causes: "
+            "no credentials (`gcloud auth application-default login`), a service account without "
+            "Storage access, a bucket or region this machine may not reach, a misspelled name"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
