@@ -227,8 +227,8 @@ class Llama(nnx.Module):
         # Rows are looked up on every device, so they stay whole and only the columns are split.
         # Cast after the look-up: its gradient sums many rows, which takes float32.
         table = execution.shard(self.embed_tokens.embedding[...], (None, "table_embed"))
-        x = table[tokens].astype(execution.compute_dtype)
-        x = execution.shard(x, ("batch", "residual_seq", None))
+        x = execution.shard(table[tokens], ("batch", "seq", "table_embed"))
+        x = execution.shard(x.astype(execution.compute_dtype), ("batch", "residual_seq", None))
         cos, sin = rope_angles(self.config, positions)
         block, stacked = nnx.split(self.layers)
 
@@ -254,6 +254,9 @@ class Llama(nnx.Module):
             kernel = self.lm_head.kernel[...]
         padding = -self.config.vocab_size % self.execution.vocab_multiple
         kernel = jnp.pad(kernel.astype(self.execution.compute_dtype), ((0, 0), (0, padding)))
+        # In two moves, a gather over fsdp and an exchange over tensor: asked for in one, the
+        # compiler gathers the whole matrix on every device.
+        kernel = self.execution.shard(kernel, ("table_embed", None))
         return self.execution.shard(kernel, (None, "vocab"))
 
 
