@@ -183,3 +183,14 @@ def test_help_needs_no_heavy_library(command):
     result = python(code, command, "--help")
     assert result.returncode == 0, result.stderr
     assert "usage" in result.stdout.lower()
+
+
+@pytest.mark.parametrize("folder", layering.FOLDERS)
+def test_ruff_bans_the_bare_name_everywhere(folder):
+    source = f"import {folder}\nfrom {folder}.some import thing\nimport easylm.{folder}\n"
+    command = [sys.executable, "-m", "ruff", "check", "--select=TID251", "--output-format=concise"]
+    options = ["--stdin-filename=tests/bare.py", "-"]
+    result = subprocess.run(
+        [*command, *options], cwd=ROOT, input=source, capture_output=True, text=True
+    )
+    assert result.stdout.count(f"Import `easylm.{folder}`") == 2, result.stdout + result.stderr
