@@ -13,7 +13,7 @@ def choose_backend(device_kind, head_dim, seq, dtype):
 
     TPU v4 and later run splash. TPU v2 and v3 run blockwise rather than flash: compiled for a v3
     core (one row of 8,192 tokens, 8 heads on one K/V head of 128, forward and backward) it needs
-    92 MB of temporaries against 248 MB, multiplies bfloat16 where flash must take float32, and
+    92 MB of temporaries against 186 MB, multiplies bfloat16 where flash must take float32, and
     skips the blocks that packed segments do not share, which flash computes. NVIDIA GPUs run
     cuDNN in 16 bits. Everything else, and every shape that those kernels refuse, runs blockwise,
     which takes any shape anywhere.

@@ -1,6 +1,7 @@
 """The backends against float64, and what packed segments may not do to each other."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,10 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("backend", ["reference", "blockwise"])
-@pytest.mark.parametrize("group", [1, 2, 4])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("group", "layout"),
+    [(1, "one segment"), (4, "one segment"), (1, "packed"), (2, "packed"), (4, "padding row")],
+)
 def test_agrees_with_float64(backend, group, layout):
     segment_ids, positions = rows(*LAYOUTS[layout])
     inputs = qkv(segment_ids, heads=4, kv_heads=4 // group, head_dim=16)
@@ -43,7 +46,7 @@ def test_bfloat16_stays_within_its_rounding(backend):
     assert_close(found, exact(*inputs, segment_ids, positions), 1e-2)
 
 
-@pytest.mark.parametrize("seq", [1, 7, 8, 9, 30])
+@pytest.mark.parametrize("seq", [1, 8, 9, 30])
 def test_blockwise_takes_any_length(seq):
     segment_ids, positions = rows([(1, seq)])
     inputs = qkv(segment_ids, heads=2, kv_heads=1, head_dim=8)
@@ -129,10 +132,11 @@ def _temporary_bytes(backend, seq):
 
 def test_blockwise_memory_grows_with_the_length_and_not_its_square():
     blockwise = [_temporary_bytes("blockwise", seq) for seq in (2048, 4096, 8192)]
-    assert blockwise[2] - blockwise[1] < 2.2 * (blockwise[1] - blockwise[0])
-    assert blockwise[2] < 8192 * 8192
-    # The same measure sees the square where there is one.
-    assert _temporary_bytes("reference", 4096) > 4096 * 4096 * 4
+    for shorter, longer in itertools.pairwise(blockwise):
+        assert longer < 2.2 * shorter
+    # The same measure sees the square where there is one: a factor of four for twice the length.
+    reference = [_temporary_bytes("reference", seq) for seq in (1024, 2048)]
+    assert reference[1] > 3.5 * reference[0] > 3.5 * 1024 * 1024 * 4
 
 
 def test_blockwise_skips_blocks_that_share_no_segment():
