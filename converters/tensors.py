@@ -1,0 +1,109 @@
+"""What every place that tensors come from has in common, whatever its format."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+
+from easylm.errors import InputError
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_SHOWN_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a source, before its data is read.
+
+    Attributes:
+      shape: as `TensorSource.read` returns it.
+      dtype: numpy's, or ml_dtypes' bfloat16.
+      where: the file that holds it, for messages.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    where: str
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+
+class TensorSource(Protocol):
+    """Tensors under Hugging Face's names and in its layout, read one at a time.
+
+    Attributes:
+      kind: what was found, in one line: "Hugging Face safetensors, 3 files, 13.5 GB".
+      tensors: all of them by name. Their headers are checked; their data is not read yet.
+      config: the Hugging Face config.json that goes with them, if there is one.
+      config_path: where that came from, for messages.
+      folder: where tokenizer files would lie.
+    """
+
+    kind: str
+    tensors: dict[str, TensorInfo]
+    config: dict | None
+    config_path: str
+    folder: str
+
+    def read(self, name: str, start_row: int = 0, end_row: int | None = None) -> np.ndarray:
+        """Rows `[start_row, end_row)` of axis 0; all rows by default, and for a scalar."""
+
+    def close(self) -> None:
+        """Lets go of open and temporary files."""
+
+
+def files_and_size(files: int, nbytes: float) -> str:
+    """The end of `TensorSource.kind`: "3 files, 13.5 GB"."""
+    units = iter(("bytes", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while nbytes >= 1000 and unit != "TB":
+        nbytes, unit = nbytes / 1000, next(units)
+    return (
+        f"{files} file{'s' if files != 1 else ''}, {nbytes:.{0 if unit == 'bytes' else 1}f} {unit}"
+    )
+
+
+def refuse(problems: list[str], where: str) -> None:
+    """Raises one InputError that lists all problems (the first 20, and the count of the rest)."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise InputError(f"{where}: {problems[0]}")
+    shown = "".join(f"\n  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
+    hidden = len(problems) - _SHOWN_PROBLEMS
+    more = f"\n  and {hidden} more" if hidden > 0 else ""
+    raise InputError(f"{where}: {len(problems)} problems:{shown}{more}")
+
+
+_EXPONENT_BITS = {
+    BFLOAT16: (np.uint16, 0x7F80),
+    np.dtype(np.float16): (np.uint16, 0x7C00),
+    np.dtype(np.float32): (np.uint32, 0x7F800000),
+    np.dtype(np.float64): (np.uint64, 0x7FF0000000000000),
+}
+
+
+def has_nonfinite(array: np.ndarray) -> bool:
+    """Whether any element is an infinity or not a number; False for integers and booleans.
+
+    A float is one of these when all bits of its exponent are set, which integer instructions see
+    faster than `np.isfinite` does, for bfloat16 above all. Looks at blocks that stay in the cache,
+    in the order of memory, so a transposed view costs no copy.
+    """
+    if array.dtype not in _EXPONENT_BITS:
+        return False
+    unsigned, exponent = _EXPONENT_BITS[array.dtype]
+    blocks = np.nditer(
+        array.view(unsigned),
+        ["external_loop", "buffered", "zerosize_ok"],
+        order="K",
+        buffersize=1 << 16,
+    )
+    return any((block & exponent).max() == exponent for block in blocks if block.size)
