@@ -107,7 +107,7 @@ def _print_help(
     usage = f"usage: {program} --config=PATH|NAME --workdir=DIR [--config.FIELD=VALUE ...]"
     parts = [_fill(usage, "", "         "), description.strip()]
     if file:
-        parts += [f"{file.path}:", textwrap.indent(file.docstring.strip(), "  ")]
+        parts += [f"{file.path}:", file.docstring.strip()]
     parts += [
         "options:",
         _entry(

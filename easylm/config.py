@@ -9,6 +9,7 @@ import difflib
 import importlib.resources
 import json
 import math
+import os
 import pathlib
 import runpy
 import traceback
@@ -87,7 +88,7 @@ def options(config_class: type, prefix: str = "") -> Iterator[tuple[str, Kind, s
 
 
 def suggest(path: str, known: Iterable[str]) -> str:
-    """ " Did you mean ...?" with the known dotted paths that end much as `path` does, or nothing."""
+    """A sentence naming the known paths whose last part resembles that of `path`, or nothing."""
     paths_by_end = {}
     for other in known:
         paths_by_end.setdefault(other.split(".")[-1], []).append(other)
@@ -158,23 +159,36 @@ def from_dict(config_class: type[_Config], values: dict, path: str = "config") -
 
 
 def write_json(config: Any, path: str) -> None:
-    """Writes a config as JSON to a local or gs:// file; `read_json` gives it back."""
-    from etils import epath
+    """Writes a config as JSON to a local or gs:// file, whole or not at all.
 
-    target = epath.Path(path)
-    temporary = target.with_name(f"{target.name}.tmp")
-    temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    temporary.replace(target)
+    Raises:
+      InputError: the file cannot be written.
+    """
+    from easylm import storage
+
+    data = (json.dumps(dataclasses.asdict(config), indent=2) + "\n").encode()
+    if storage.is_bucket(path):
+        storage.write_bytes(path, data)  # an object appears whole
+        return
+    with storage.explained(path):
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    storage.write_bytes(f"{path}.tmp", data)
+    os.replace(f"{path}.tmp", path)
 
 
 def read_json(config_class: type[_Config], path: str) -> _Config:
-    """Reads what `write_json` wrote; raises InputError naming the file, as `from_dict`."""
-    from etils import epath
+    """The config that `write_json` wrote.
 
+    Raises:
+      InputError: no such file, no JSON, or what `from_dict` refuses; the message names the file.
+    """
+    from easylm import storage
+
+    text = storage.read_bytes(path)
     try:
-        return from_dict(config_class, json.loads(epath.Path(path).read_text()))
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: found no config in JSON ({error})") from None
+        return from_dict(config_class, json.loads(text))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: found no JSON ({error})") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
