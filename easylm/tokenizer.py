@@ -145,33 +145,43 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | os.Path
     """Trains a LLaMA-style tokenizer and writes it as a Hugging Face folder.
 
     Byte-pair encoding by sentencepiece with LLaMA's settings: `<unk>`, `<s>`, `</s>` are 0, 1, 2,
-    then 256 bytes; digits stand alone; text is not normalized. The same texts give the same ids.
+    then 256 bytes; digits and newlines stand alone; text is not normalized. The same texts give
+    the same ids.
 
     Args:
         texts: what it is trained on.
         vocab_size: the number of ids, an upper limit: small texts give fewer.
         folder: where to write; made if missing.
+
+    Raises:
+        InputError: the texts are empty, or have more characters than fit `vocab_size`.
     """
     import io
 
     import sentencepiece
 
+    # No piece may contain a newline, as in LLaMA's own vocabulary: it would swallow the end of
+    # the chat template's "<|assistant|>\n" together with the first word of the answer.
+    lines = (line for text in texts for line in text.split("\n") if line)
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        character_coverage=0.99995,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        num_threads=1,
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            character_coverage=0.99995,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise InputError(f"a tokenizer of {vocab_size} ids cannot be trained: {error}") from error
     tokenizer = _from_sentencepiece(model.getvalue(), "the trained tokenizer")
     tokenizer.chat_template = TULU
     folder = epath.Path(folder)

@@ -82,7 +82,7 @@ class BatchStream:
         if (epochs is None) == (steps is None):
             raise ValueError(f"epochs={epochs} and steps={steps}: wanted one of them")
         self._examples = examples
-        self._seq_len = seq_len
+        self.seq_len = seq_len
         self._batch_rows = batch_rows
         self.rows_per_batch = -(-batch_rows // row_multiple) * row_multiple
         plans: list[Plan] = []
@@ -117,7 +117,7 @@ class BatchStream:
         Returns:
             Arrays `[rows, seq_len]` as in `build_rows`.
         """
-        return build_rows(self._examples, self.plan_rows(step)[rows], self._seq_len)
+        return build_rows(self._examples, self.plan_rows(step)[rows], self.seq_len)
 
     def plan_rows(self, step: int) -> list[np.ndarray]:
         """The example ids of every row of batch `step`, from 0; empty for rows of padding."""
@@ -141,11 +141,11 @@ class BatchStream:
     def fill(self) -> float:
         """The share of the run's row space that holds tokens and not padding."""
         tokens = int(self._examples.lengths[self._plan.ids].sum())
-        return tokens / (len(self._plan) * self._seq_len)
+        return tokens / (len(self._plan) * self.seq_len)
 
 
 def prefetch(
-    stream: BatchStream, start: int = 0, rows: slice = slice(None), threads: int = 2, ahead: int = 8
+    stream: BatchStream, start: int = 0, rows: slice = slice(None), workers: int = 0
 ) -> Iterator[Batch]:
     """Builds batches ahead of their use, in order, from `start` to the end of the stream.
 
@@ -153,12 +153,14 @@ def prefetch(
         stream: the run.
         start: the first step.
         rows: which rows of each batch this process holds.
-        threads: how many build batches.
-        ahead: how many batches may wait.
+        workers: how many processes build batches; 0: threads of this one do.
     """
-    import grain  # imports jax, which is not needed to check data
+    import grain  # imports jax, which checking data does without
 
     steps = grain.MapDataset.range(start, len(stream))
-    built = steps.map(lambda step: stream.batch(int(step), rows))
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-    return iter(built.to_iter_dataset(options))
+    batches = steps.map(lambda step: stream.batch(int(step), rows)).to_iter_dataset(
+        grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+    )
+    if workers:
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iter(batches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import zlib
 from collections import Counter
@@ -53,8 +54,8 @@ class Rows:
 def parse_sources(sources: str) -> list[Source]:
     """Reads `PATH[@count|@fraction],...`: `a.jsonl@1000,b.json.gz@0.5`.
 
-    A fraction is written with a point, a count without. A path that exists is taken as it stands,
-    so a file name may contain `@`.
+    A fraction is written with a point, a count without. A local path that exists is taken as it
+    stands, so a file name may contain `@`.
 
     Raises:
         InputError: nothing is named, or an amount is not positive or more than everything.
@@ -64,7 +65,7 @@ def parse_sources(sources: str) -> list[Source]:
         if not part:
             raise InputError(f"data.sources: found {sources!r}; wanted PATH[@count|@fraction],...")
         path, at, text = part.rpartition("@")
-        if not at or epath.Path(part).expanduser().exists():
+        if not at or "/" in text or os.path.exists(os.path.expanduser(part)):
             parsed.append(Source(part))
             continue
         amount: int | float | None = None

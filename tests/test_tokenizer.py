@@ -1,0 +1,213 @@
+"""Tokenizers keep their ids on every way in and out."""
+
+import json
+import shutil
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from easylm.chat import TULU
+from easylm.errors import InputError
+from easylm.tokenizer import (
+    load_tokenizer,
+    load_tokenizer_files,
+    tokenizer_files,
+    train_tokenizer,
+)
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog 1234567 times.",
+    "def f(x):\n    return x ** 2  # a comment\n\n\nprint(f(12))",
+    "naïve café Straße ☃ 😀 你好 e\u0301",
+    "  two  spaces,\ttabs\tand trailing space ",
+] * 3
+ODD_TEXTS = [*TEXTS[:4], " ", "\n", "a\n\n b", "▁x▁", "\x00", "\r\n", "👨‍👩‍👧", "\ufeffbom", "ﬁ ½"]
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    """A sentencepiece model made as LLaMA's was, without any help from easylm."""
+    prefix = tmp_path_factory.mktemp("sentencepiece") / "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in TEXTS for line in text.splitlines()),
+        model_prefix=str(prefix),
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+    )
+    return prefix.with_suffix(".model")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train_tokenizer(TEXTS, 420, folder)
+    return folder
+
+
+def test_sentencepiece_ids_are_the_librarys(model_file):
+    library = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    for path in (model_file, model_file.parent):
+        tokenizer = load_tokenizer(path)
+        for text in ODD_TEXTS:
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            assert ids == library.encode(text), text
+            assert tokenizer.decode(ids) == library.decode(ids)
+    assert len(tokenizer) == library.vocab_size()
+    special = (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert special == (0, 1, 2)
+    assert tokenizer("fox").input_ids == [1, *library.encode("fox")]
+
+
+def test_after_end_of_sequence_stands_a_space_and_the_newline(model_file):
+    tokenizer = load_tokenizer(model_file)
+    ids = tokenizer("fox</s>\n<|user|>", add_special_tokens=False).input_ids
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    assert pieces[pieces.index("</s>") + 1 :][:2] == ["▁", "<0x0A>"]
+
+
+def test_training_gives_llamas_layout_and_the_same_ids_again(trained, tmp_path):
+    tokenizer = load_tokenizer(trained)
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3, 13, 258]) == [
+        "<unk>", "<s>", "</s>", "<0x00>", "<0x0A>", "<0xFF>",
+    ]  # fmt: skip
+    assert len(tokenizer) == 420
+    digits = tokenizer.tokenize("1234567")
+    assert digits == ["▁", *"1234567"]
+    assert "▁the" in tokenizer.get_vocab()  # learned from the texts, not only bytes
+    assert not [piece for piece in tokenizer.get_vocab() if "\n" in piece]
+    for text in (text for text in ODD_TEXTS if "▁" not in text):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+    train_tokenizer(TEXTS, 420, tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
+
+
+def test_vocabulary_too_small_for_the_texts_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match=r"300 ids cannot be trained.*Increase vocab_size"):
+        train_tokenizer(TEXTS, 300, tmp_path)
+
+
+def test_small_texts_give_a_smaller_vocabulary(tmp_path):
+    train_tokenizer(["ab ab ab"], 5000, tmp_path)
+    assert 259 < len(load_tokenizer(tmp_path)) < 300
+
+
+def test_files_give_the_same_tokenizer(trained, tmp_path):
+    tokenizer = load_tokenizer(trained)
+    tokenizer("x", truncation=True, max_length=3)  # state of the backend that must not be kept
+    files = tokenizer_files(tokenizer)
+    config = json.loads(files["tokenizer_config.json"])
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["chat_template"] == TULU
+    assert json.loads(files["tokenizer.json"])["truncation"] is None
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    # An export has config.json beside it; its model type must not change the tokenizer.
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for again in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer_files(files)):
+        assert again.chat_template == TULU
+        assert again.special_tokens_map == tokenizer.special_tokens_map
+        for text in [*ODD_TEXTS, "a</s>b <s>"]:
+            assert again(text).input_ids == tokenizer(text).input_ids
+        assert tokenizer_files(again) == files
+
+
+def test_folder_keeps_the_ids_of_its_tokenizer_json(trained, tmp_path):
+    """transformers 5 rebuilds LlamaTokenizer in its own way; here the file decides."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    config = json.loads((trained / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "LlamaTokenizer"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    raw = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    for text in [*ODD_TEXTS, "a</s>\nb"]:
+        assert tokenizer(text).input_ids == raw.encode(text).ids
+
+
+def test_files_without_tokenizer_json(tmp_path):
+    vocab = {c: i for i, c in enumerate(["<|endoftext|>", "a", "b", "Ġ", "ab", "Ġab"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\nĠ ab\n")
+    config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer("ab ab").input_ids == [4, 5]
+    again = load_tokenizer_files(tokenizer_files(tokenizer))
+    assert again("ab ab").input_ids == [4, 5]
+
+
+def test_chat_template_choice(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    config = json.loads((trained / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({**config, "chat_template": "{{ 'own' }}"})
+    )
+    (tmp_path / "mine.jinja").write_text("{{ 'mine' }}")
+    assert load_tokenizer(tmp_path).chat_template == TULU
+    assert load_tokenizer(tmp_path, "own").chat_template == "{{ 'own' }}"
+    assert load_tokenizer(tmp_path, tmp_path / "mine.jinja").chat_template == "{{ 'mine' }}"
+    with pytest.raises(InputError, match="found 'chatml'; wanted 'tulu', 'own' or a jinja file"):
+        load_tokenizer(tmp_path, "chatml")
+
+
+def unigram(folder):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+
+
+def no_eos(folder):
+    train_tokenizer(TEXTS, 420, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "special_tokens_map.json").unlink()
+
+
+BAD_FOLDERS = {
+    "empty folder": (lambda folder: None, "no tokenizer in this folder"),
+    "unigram": (unigram, "model_type: wanted BPE; byte_fallback: wanted true; normalization"),
+    "tiktoken": (
+        lambda folder: (folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\n"),
+        "give the Hugging Face folder with tokenizer.json instead",
+    ),
+    "broken json": (
+        lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0"'),
+        "the tokenizer files cannot be read",
+    ),
+    "not a tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        "the tokenizer files cannot be read",
+    ),
+    "no eos": (no_eos, "names no eos_token"),
+}
+
+
+@pytest.mark.parametrize("make, message", BAD_FOLDERS.values(), ids=BAD_FOLDERS)
+def test_bad_folder_is_named(make, message, tmp_path):
+    make(tmp_path)
+    with pytest.raises(InputError) as error:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value) and message in str(error.value)
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./tokenizer", "a/b/c", "no_such.model/x y"])
+def test_missing_path_is_not_taken_for_a_hub_name(path):
+    with pytest.raises(InputError, match="no such folder or file"):
+        load_tokenizer(path)
+
+
+def test_hub_name_that_is_not_there():
+    with pytest.raises(InputError, match=r"no-such-org/no-such-model: .* hub did not give"):
+        load_tokenizer("no-such-org/no-such-model")
