@@ -90,20 +90,25 @@ class DataConfig:
     tokenizer_vocab_size: int | None = option(
         None, "Train a tokenizer of this many ids on the data, kept in WORKDIR/tokenizer."
     )
+    chat_template: str = option(
+        "tulu", "How messages become text: tulu, own (the tokenizer's), or a jinja file."
+    )
     seq_len: int = option(2048, "Tokens in a row of a batch.")
+    packing: bool = option(True, "Several examples share a row; none sees another.")
     too_long: Literal["truncate", "drop", "error"] = option(
         "truncate", "What happens to an example longer than a row; always counted."
     )
     on_bad_row: Literal["refuse", "skip"] = option(
         "refuse", "Stop before training and list bad rows, or count them and go on."
     )
-    workers: int = option(0, "Processes that make batches; 0: the training process does.")
+    workers: int = option(0, "Processes that make batches; 0: threads of the training process.")
+    show: int = option(0, "Examples printed before training, their trained tokens marked.")
 
     def __post_init__(self):
         found = self.sources
         _require(bool(found.strip()), "sources", found, "files to train on, comma-separated")
         _at_least(self, 2, "seq_len")
-        _at_least(self, 0, "workers")
+        _at_least(self, 0, "workers", "show")
         _at_least(self, 300, "tokenizer_vocab_size")  # 256 bytes, special tokens, some pieces
         _require(
             not (self.tokenizer and self.tokenizer_vocab_size),
