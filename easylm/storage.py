@@ -125,6 +125,12 @@ def _cut(path: str, found: int, wanted: int) -> InputError:
     return InputError(f"{path}: ends at byte {found}; wanted bytes up to {wanted}; it is truncated")
 
 
+def copy_to_disk(path: str, local: str) -> None:
+    """Copies a file, of a bucket say, to the local file `local`."""
+    with explained(path):
+        _file_system(path).get_file(path, local)
+
+
 def open_to_write(path: str) -> BinaryIO:
     """Opens a new file for bytes; one in a bucket appears when it is closed.
 
