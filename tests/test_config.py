@@ -283,3 +283,10 @@ def test_an_unknown_field_in_values_is_refused():
     values = dataclasses.asdict(Outer(name="x", inner=Inner()))
     with pytest.raises(InputError, match=r"config.inner.rat: no such field. Did you mean rate\?"):
         from_dict(Outer, values | {"inner": {**values["inner"], "rat": 1}})
+
+
+def test_an_int_serves_where_a_float_is_wanted():
+    values = dataclasses.asdict(Outer(name="x", inner=Inner())) | {"inner": {"rate": 1, "limit": 2}}
+    values["inner"]["kind"] = "small"
+    made = from_dict(Outer, values).inner
+    assert (made.rate, type(made.rate), made.limit, type(made.limit)) == (1.0, float, 2.0, float)
