@@ -1,11 +1,15 @@
 """What a wheel of this tree holds, and that it works far from the checkout."""
 
+import importlib.metadata
+import itertools
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 
 import pytest
@@ -108,6 +112,21 @@ def test_commands_answer_from_another_folder(installed, tree, tmp_path):
     commands = [m.name for m in layering.load_modules(tree) if m.layer == "commands"]
     for command in commands:
         assert "usage" in run(installed, "-m", command, "--help", cwd=tmp_path).stdout.lower()
+
+
+def test_what_is_imported_is_required():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = itertools.chain(
+        project["dependencies"], *project["optional-dependencies"].values()
+    )
+    required = {re.match(r"[\w-]+", text)[0].lower().replace("_", "-") for text in requirements}
+    distributions = importlib.metadata.packages_distributions()
+    known = {*sys.stdlib_module_names, "easylm"}
+    for module in layering.load_modules(ROOT):
+        for name, line in layering.imported_names(module):
+            package = name.split(".")[0]
+            providers = {d.lower().replace("_", "-") for d in distributions.get(package, [])}
+            assert package in known or providers & required, f"{module.path}:{line}: {name}"
 
 
 @pytest.mark.slow
