@@ -194,18 +194,19 @@ def read_json(config_class: type[_Config], path: str) -> _Config:
 
 
 def difference(old: dict, new: dict, path: str = "config") -> list[str]:
-    """Dotted paths whose values differ between two configs as `dataclasses.asdict` gives them.
+    """What differs between two configs, given as by `dataclasses.asdict`, sorted by path.
 
-    A field that only one of them has counts as different.
+    One line for each field, such as "config.steps: 10 before, 20 now".
     """
-    paths = []
+    lines = []
     for name in sorted(old.keys() | new.keys()):
         here = f"{path}.{name}"
-        if isinstance(old.get(name), dict) and isinstance(new.get(name), dict):
-            paths += difference(old[name], new[name], here)
-        elif name not in old or name not in new or old[name] != new[name]:
-            paths.append(here)
-    return paths
+        before, now = old.get(name, "absent"), new.get(name, "absent")
+        if isinstance(before, dict) and isinstance(now, dict):
+            lines += difference(before, now, here)
+        elif before != now:
+            lines.append(f"{here}: {before} before, {now} now")
+    return lines
 
 
 def parse_mesh(shape: str) -> tuple[int, int, int]:

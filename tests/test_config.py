@@ -264,8 +264,11 @@ def test_difference_lists_the_paths():
     old = dataclasses.asdict(Outer(name="x", steps=3, inner=Inner()))
     new = dataclasses.asdict(Outer(name="x", steps=4, inner=Inner(rate=0.1)))
     assert difference(old, old) == []
-    assert difference(old, new) == ["config.inner.rate", "config.steps"]
-    assert difference(old | {"gone": None}, old) == ["config.gone"]
+    assert difference(old, new) == [
+        "config.inner.rate: 0.5 before, 0.1 now",
+        "config.steps: 3 before, 4 now",
+    ]
+    assert difference(old | {"gone": None}, old) == ["config.gone: None before, absent now"]
 
 
 @pytest.mark.parametrize("mesh", ["1,-1,1", "2,2,2", "-1,16,16"])

@@ -35,6 +35,9 @@ class ModelConfig:
     rope_theta: float | None = option(None, "Base of the rotary angles; none: 10000.")
     rms_norm_eps: float | None = option(None, "Added to the mean square; none: 1e-5.")
     tie_word_embeddings: bool | None = option(None, "Head = embedding table; none: no.")
+    hf_config: str = option(
+        "", "The config.json, or the folder with it, of an EasyLM stream, which holds no sizes."
+    )
     resize_vocab: bool = option(
         False,
         "Give the model a row for each id of a larger tokenizer: new rows are the mean of the old.",
@@ -52,7 +55,7 @@ class ModelConfig:
     def given(self) -> dict:
         """The sizes and constants that are set, by the names of LlamaConfig."""
         values = dataclasses.asdict(self)
-        del values["preset"], values["resize_vocab"]
+        del values["preset"], values["hf_config"], values["resize_vocab"]
         return {name: value for name, value in values.items() if value is not None}
 
     def llama_config(self, *, vocab_size: int, **token_ids: int | tuple[int, ...] | None):
@@ -226,6 +229,9 @@ class SftConfig:
                 wanted = f"none: {self.init_from} has its own (only init_from=random takes sizes)"
                 _require(False, f"model.{field}", value, wanted)
             return
+        for field in ("hf_config", "resize_vocab"):
+            found = getattr(self.model, field)
+            _require(not found, f"model.{field}", found, "none of it with init_from=random")
         wanted = "a tokenizer: random weights come with none (or set data.tokenizer_vocab_size)"
         has_tokenizer = self.data.tokenizer or self.data.tokenizer_vocab_size
         _require(bool(has_tokenizer), "data.tokenizer", self.data.tokenizer, wanted)

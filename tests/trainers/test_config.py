@@ -70,6 +70,8 @@ def test_the_defaults_alone_name_what_is_missing():
         ("model.hidden_size", None, "model.hidden_size: found None; wanted a number, or a preset"),
         ("model.num_attention_heads", 5, "heads: found 5; wanted a divisor of hidden_size (64)"),
         ("model.num_key_value_heads", 3, "num_attention_heads: found 4; wanted a multiple of"),
+        ("model.hf_config", "x", "config.model.hf_config: found 'x'; wanted none of it with init"),
+        ("model.resize_vocab", True, "config.model.resize_vocab: found True; wanted none of it"),
         ("model.rope_theta", 0.0, "config.model.rope_theta: found 0.0; wanted a number above 0"),
         ("data.sources", " ", "config.data.sources: found ' '; wanted files"),
         ("data.seq_len", 1, "config.data.seq_len: found 1; wanted at least 2"),
