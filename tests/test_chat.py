@@ -169,6 +169,18 @@ def test_noncharacters_cannot_forge_a_special_token(sentencepiece):
         encode_messages(sentencepiece, turns("</s> \ufdd12\ufdd1", "a"))
 
 
+def test_mask_has_every_byte_of_a_last_character(tokenizer):
+    """Where no end-of-turn token follows, an emoji of several tokens may stand last."""
+    template = (
+        "{% for message in messages %}{% generation %}{{ message['content'] }}"
+        "{% endgeneration %}{{ ' and' }}{% endfor %}"
+    )
+    own = with_template(tokenizer, template)
+    tokens, mask = encode_messages(own, [{"role": "assistant", "content": "what 🦜"}])
+    assert len(own.tokenize("🦜")) > 2
+    assert own.decode(tokens[mask == 1]) == "what 🦜"
+
+
 def test_template_without_generation_block_by_its_prefixes(byte_level):
     chatml = with_template(byte_level, CHATML)
     messages = turns("Hi", "Hello there!", "Again", "Bye 😀", system="Be brief.")

@@ -336,6 +336,9 @@ def test_several_sources_with_counts_and_fractions(tmp_path):
     assert names(part) != names(read_rows(f"{a}@3,{b}@0.5", seed=2))
     # What is taken of one source does not depend on how much another has.
     assert names(part)[3:] == names(read_rows(f"{a}@7,{b}@0.5", seed=1))[7:]
+    # Nor is the same place chosen in every source.
+    half = [name[1:] for name in names(read_rows(f"{a}@5,{b}@5"))]
+    assert half[:5] != half[5:]
     with pytest.raises(InputError, match=r"a.jsonl@11: wanted 11 rows; found 10 valid ones"):
         read_rows(f"{a}@11")
 
