@@ -15,8 +15,7 @@ import tempfile
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from etils import epath
-
+from easylm import storage
 from easylm.chat import TULU
 from easylm.errors import InputError
 
@@ -77,12 +76,12 @@ def load_tokenizer(
     if chat_template == "tulu":
         tokenizer.chat_template = TULU
     elif chat_template != "own":
-        template = epath.Path(chat_template)
-        if not template.is_file():
+        template = os.fspath(chat_template)
+        if not storage.exists(template):
             raise InputError(
                 f"chat_template: found {chat_template!r}; wanted 'tulu', 'own' or a jinja file"
             )
-        tokenizer.chat_template = template.read_text()
+        tokenizer.chat_template = storage.read_bytes(template).decode()
     elif tokenizer.chat_template is None:
         raise InputError(f"{path}: the tokenizer has no chat template; use chat_template='tulu'")
     return tokenizer
@@ -133,7 +132,7 @@ def load_tokenizer_files(
     loader = PreTrainedTokenizerFast if "tokenizer.json" in files else AutoTokenizer
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
-            epath.Path(folder, name).write_bytes(content)
+            storage.write_bytes(os.path.join(folder, name), content)
         try:
             tokenizer = loader.from_pretrained(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -151,10 +150,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | os.Path
     Args:
         texts: what it is trained on.
         vocab_size: the number of ids, an upper limit: small texts give fewer.
-        folder: where to write; made if missing.
+        folder: a new one, local or gs://, written whole or not at all.
 
     Raises:
-        InputError: the texts are empty, or have more characters than fit `vocab_size`.
+        InputError: the folder exists, or the texts are empty or have more characters than fit
+            `vocab_size`.
     """
     import io
 
@@ -184,25 +184,25 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | os.Path
         raise InputError(f"a tokenizer of {vocab_size} ids cannot be trained: {error}") from error
     tokenizer = _from_sentencepiece(model.getvalue(), "the trained tokenizer")
     tokenizer.chat_template = TULU
-    folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in tokenizer_files(tokenizer).items():
-        (folder / name).write_bytes(content)
+    with storage.write_folder(os.fspath(folder)) as unfinished:
+        for name, content in tokenizer_files(tokenizer).items():
+            storage.write_bytes(f"{unfinished}/{name}", content)
 
 
 def _read_files(path: str) -> dict[str, bytes] | None:
     """The tokenizer files at `path`; None when `path` can only be a name on the hub."""
-    place = epath.Path(path).expanduser()
-    if place.is_dir():
-        files = {name: (place / name).read_bytes() for name in _FILES if (place / name).is_file()}
+    path = path if storage.is_bucket(path) else os.path.expanduser(path)
+    if storage.is_folder(path):
+        present = storage.list_files(path)
+        files = {name: storage.read_bytes(f"{path}/{name}") for name in _FILES if name in present}
         if not files.keys() & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
             raise InputError(
                 f"{path}: no tokenizer in this folder; wanted tokenizer.json or tokenizer.model"
             )
         return files
-    if place.is_file():
-        name = "tokenizer.json" if place.suffix == ".json" else "tokenizer.model"
-        return {name: place.read_bytes()}
+    if storage.exists(path):
+        name = "tokenizer.json" if path.endswith(".json") else "tokenizer.model"
+        return {name: storage.read_bytes(path)}
     if not _HUB_NAME.fullmatch(path) or path.startswith("."):
         raise InputError(
             f"{path}: no such folder or file; wanted a folder with tokenizer.json or "

@@ -58,7 +58,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def sentencepiece(texts, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sentencepiece")
+    folder = tmp_path_factory.mktemp("sentencepiece") / "tokenizer"
     train_tokenizer(texts, 500, folder)
     return load_tokenizer(folder)
 

@@ -16,6 +16,7 @@ from easylm.tokenizer import (
     tokenizer_files,
     train_tokenizer,
 )
+from tests import bucket
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog 1234567 times.",
@@ -47,7 +48,7 @@ def model_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
+    folder = tmp_path_factory.mktemp("trained") / "tokenizer"
     train_tokenizer(TEXTS, 420, folder)
     return folder
 
@@ -85,18 +86,23 @@ def test_training_gives_llamas_layout_and_the_same_ids_again(trained, tmp_path):
     assert not [piece for piece in tokenizer.get_vocab() if "\n" in piece]
     for text in (text for text in ODD_TEXTS if "▁" not in text):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
-    train_tokenizer(TEXTS, 420, tmp_path)
-    assert (tmp_path / "tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
+    train_tokenizer(TEXTS, 420, tmp_path / "again")
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (
+        trained / "tokenizer.json"
+    ).read_bytes()
 
 
 def test_vocabulary_too_small_for_the_texts_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match=r"300 ids cannot be trained.*Increase vocab_size"):
-        train_tokenizer(TEXTS, 300, tmp_path)
+        train_tokenizer(TEXTS, 300, tmp_path / "small")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="exists already"):
+        train_tokenizer(TEXTS, 420, tmp_path)
 
 
 def test_small_texts_give_a_smaller_vocabulary(tmp_path):
-    train_tokenizer(["ab ab ab"], 5000, tmp_path)
-    assert 259 < len(load_tokenizer(tmp_path)) < 300
+    train_tokenizer(["ab ab ab"], 5000, tmp_path / "small")
+    assert 259 < len(load_tokenizer(tmp_path / "small")) < 300
 
 
 def test_files_give_the_same_tokenizer(trained, tmp_path):
@@ -168,7 +174,8 @@ def unigram(folder):
 
 
 def no_eos(folder):
-    train_tokenizer(TEXTS, 420, folder)
+    train_tokenizer(TEXTS, 420, folder / "made")
+    shutil.copytree(folder / "made", folder, dirs_exist_ok=True)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     del config["eos_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -211,3 +218,12 @@ def test_missing_path_is_not_taken_for_a_hub_name(path):
 def test_hub_name_that_is_not_there():
     with pytest.raises(InputError, match=r"no-such-org/no-such-model: .* hub did not give"):
         load_tokenizer("no-such-org/no-such-model")
+
+
+def test_everything_in_a_bucket(trained):
+    with bucket.running_bucket() as url:
+        train_tokenizer(TEXTS, 420, f"{url}/run/tokenizer")
+        tokenizer = load_tokenizer(f"{url}/run/tokenizer")
+        assert tokenizer_files(tokenizer) == tokenizer_files(load_tokenizer(trained))
+        with pytest.raises(InputError, match=f"{url}/none: no such folder or file"):
+            load_tokenizer(f"{url}/none")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import re
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -13,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from etils import epath
 
+from easylm import storage
 from easylm.data.rows import Conversation, Problem, normal_form
 from easylm.errors import InputError
 
@@ -61,11 +63,11 @@ def parse_sources(sources: str) -> list[Source]:
         InputError: nothing is named, or an amount is not positive or more than everything.
     """
     parsed = []
-    for part in (part.strip() for part in sources.split(",")):
+    for part in (os.path.expanduser(part.strip()) for part in sources.split(",")):
         if not part:
             raise InputError(f"data.sources: found {sources!r}; wanted PATH[@count|@fraction],...")
         path, at, text = part.rpartition("@")
-        if not at or "/" in text or os.path.exists(os.path.expanduser(part)):
+        if not at or "/" in text or os.path.exists(part):
             parsed.append(Source(part))
             continue
         amount: int | float | None = None
@@ -141,13 +143,12 @@ def read_values(path: str) -> Iterator[tuple[str, Any, Problem | None]]:
         InputError: the file is missing or is not a text file, or a JSON array is broken: what
             follows the break could not be counted.
     """
-    place = epath.Path(path).expanduser()
-    if place.is_dir():
+    if storage.is_folder(path):
         raise InputError(f"{path}: is a folder; wanted a .jsonl or .json file, plain or .gz")
-    if not place.exists():
+    if not storage.exists(path):
         raise InputError(f"{path}: no such file; wanted a .jsonl or .json file, plain or .gz")
     try:
-        with place.open("rb") as file:
+        with _on_disk(path) as local, storage.explained(local), open(local, "rb") as file:
             start = file.read(4)
             file.seek(0)
             if start[:2] == b"\x1f\x8b":
@@ -158,8 +159,18 @@ def read_values(path: str) -> Iterator[tuple[str, Any, Problem | None]]:
                 yield from _read_stream(file, path)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}: the gzip file is broken: {error}; copy it again") from error
-    except PermissionError as error:
-        raise InputError(f"{path}: may not be read; change its permissions") from error
+
+
+@contextlib.contextmanager
+def _on_disk(path: str) -> Iterator[str]:
+    """The file itself, or a temporary copy of one in a bucket."""
+    if not storage.is_bucket(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        local = os.path.join(folder, "rows")
+        storage.copy_to_disk(path, local)
+        yield local
 
 
 def _refuse_other_kinds(start: bytes, path: str) -> None:

@@ -14,7 +14,7 @@ TEXTS = ["one two three four five six seven", "eight nine ten eleven twelve", "y
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
+    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
     train_tokenizer(TEXTS, 330, folder)
     return load_tokenizer(folder)
 

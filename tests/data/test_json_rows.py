@@ -5,9 +5,11 @@ import json
 
 import pytest
 
+from easylm import storage
 from easylm.data.rows import normal_form
 from easylm.data.sources import Source, parse_sources, read_rows
 from easylm.errors import InputError
+from tests import bucket
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello!"}
@@ -314,6 +316,18 @@ def test_bad_file_is_named(content, message, tmp_path):
     with pytest.raises(InputError) as error:
         read_rows(str(path), on_bad_row="skip")
     assert str(error.value).startswith(str(path)) and message in str(error.value)
+
+
+def test_rows_in_a_bucket():
+    lines = "\n".join(json.dumps(named_row(f"row{i}")) for i in range(3)).encode()
+    with bucket.running_bucket() as url:
+        storage.write_bytes(f"{url}/a.jsonl", lines)
+        storage.write_bytes(f"{url}/b.jsonl.gz", gzip.compress(lines + b"\n5"))
+        assert names(read_rows(f"{url}/a.jsonl@2,{url}/a.jsonl"))[2:] == ["row0", "row1", "row2"]
+        with pytest.raises(InputError, match=f"{url}/b.jsonl.gz:4: row: 5; wanted"):
+            read_rows(f"{url}/b.jsonl.gz")
+        with pytest.raises(InputError, match=f"{url}/c.jsonl: no such file"):
+            read_rows(f"{url}/c.jsonl")
 
 
 def test_folder_is_refused(tmp_path):

@@ -52,9 +52,10 @@ def test_sums_are_right(files):
 
 def test_short_rows_with_a_tokenizer_of_their_own(files, tmp_path):
     texts = [m["content"] for row in files["train"] for m in row.messages]
-    train_tokenizer(texts, 1000, tmp_path)
+    train_tokenizer(texts, 1000, tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
     examples, report = encode_rows(
-        load_tokenizer(tmp_path), files["train"], seq_len=128, vocab_size=1000, progress=False
+        tokenizer, files["train"], seq_len=128, vocab_size=1000, progress=False
     )
     assert report.kept == len(files["train"]) and report.truncated == 0
     assert report.length_mean < 45 and len(examples.tokens) < 15_000
