@@ -92,6 +92,13 @@ def state_shardings(
     return TrainState(replicated(mesh), shardings, opt_state)
 
 
+def abstract_batch(rows: int, seq_len: int) -> Batch:
+    """The shapes and dtypes of a batch, to compile for; see easylm/data/batches.py."""
+    names = ("tokens", "targets", "segment_ids", "positions")
+    batch = {name: jax.ShapeDtypeStruct((rows, seq_len), jnp.int32) for name in names}
+    return {**batch, "loss_weights": jax.ShapeDtypeStruct((rows, seq_len), jnp.float32)}
+
+
 def compile_step(step, shardings: TrainState, mesh: Mesh):
     """`step` jitted with its placements; the state it is given is consumed."""
     return jax.jit(

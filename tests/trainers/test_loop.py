@@ -60,7 +60,7 @@ def test_a_run_goes_on_after_its_last_step():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_reported_and_stops_the_run_before_a_save(bad):
     events = []
-    with pytest.raises(FloatingPointError, match="step 2: loss is (nan|inf)"):
+    with pytest.raises(FloatingPointError, match=r"step 2: loss is (nan|inf)"):
         run([3.0, bad, 1.0, 0.0], events=events)
     assert events[-1][:2] == ("report", 2)
     assert not any(event[0] == "save" for event in events)

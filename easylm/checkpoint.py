@@ -1,0 +1,209 @@
+"""Native checkpoints: Orbax step folders that hold all it takes to use or continue a model.
+
+A step folder has the items `params` and `bundle` and, from training, `opt_state`. It is written
+under a temporary name or mark and becomes visible whole, on disks and in buckets alike.
+"""
+
+import base64
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from easylm import storage
+from easylm.errors import InputError
+
+FORMAT = "easylm-1"
+
+
+def make_bundle(
+    model_config: dict, tokenizer_files: dict[str, bytes], run_config: dict | None = None
+) -> dict:
+    """What makes a checkpoint self-contained, as JSON.
+
+    Args:
+      model_config: config.json of the model, as `LlamaConfig.to_hf` gives it.
+      tokenizer_files: name -> content, chat template included.
+      run_config: of the run that trained it, if any.
+    """
+    files = {name: base64.b64encode(data).decode() for name, data in tokenizer_files.items()}
+    return {
+        "format": FORMAT,
+        "model_config": model_config,
+        "run_config": run_config,
+        "tokenizer": files,
+    }
+
+
+def tokenizer_files_of(bundle: dict) -> dict[str, bytes]:
+    """The tokenizer's files in a bundle, name -> content."""
+    return {name: base64.b64decode(text) for name, text in bundle["tokenizer"].items()}
+
+
+class Checkpointer:
+    """The checkpoints of one run, in WORKDIR/checkpoints; saves go on beside the training.
+
+    Args:
+      workdir: of the run; local or gs://.
+      keep: how many of the newest checkpoints stay.
+    """
+
+    def __init__(self, workdir: str, *, keep: int):
+        self._folder = f"{workdir.rstrip('/')}/checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        with storage.explained(self._folder):
+            self._manager = ocp.CheckpointManager(_absolute(self._folder), options=options)
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, params: dict, opt_state, bundle: dict) -> None:
+        """Starts saving; returns as soon as the arrays may be overwritten."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.PyTreeSave(params),
+                opt_state=ocp.args.PyTreeSave(opt_state),
+                bundle=ocp.args.JsonSave(bundle),
+            ),
+        )
+
+    def restore(self, step: int, params: dict, opt_state) -> tuple:
+        """(params, opt_state) of a step.
+
+        Args:
+          step: of a complete checkpoint.
+          params, opt_state: trees of jax.ShapeDtypeStruct with the shardings wanted.
+        Raises:
+          InputError: the checkpoint is damaged, or of another model or optimizer.
+        """
+        folder = f"{self._folder}/{step}"
+        return _read(folder, "params", params), _read(folder, "opt_state", opt_state)
+
+    def close(self) -> None:
+        """Waits for saves under way."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def find_checkpoint(path: str) -> str | None:
+    """The step folder that `path` means: itself, or the newest of a checkpoints folder or workdir.
+
+    None where there is no complete checkpoint.
+    """
+    path = path.rstrip("/")
+    if storage.exists(f"{path}/bundle") and storage.exists(f"{path}/params"):
+        return path
+    for folder in (f"{path}/checkpoints", path):
+        if storage.is_folder(folder):
+            steps = ocp.utils.checkpoint_steps(_absolute(folder))
+            if steps:
+                return f"{folder}/{max(steps)}"
+    return None
+
+
+def read_bundle(step_folder: str) -> dict:
+    """The bundle of a step folder.
+
+    Raises:
+      InputError: it is damaged, or written by another version.
+    """
+    with _damage_named(step_folder, "bundle"):
+        bundle = ocp.JsonCheckpointHandler().restore(_absolute(f"{step_folder}/bundle"))
+    if bundle.get("format") != FORMAT:
+        raise InputError(
+            f"{step_folder}/bundle: format: found {bundle.get('format')!r}; wanted {FORMAT!r}"
+        )
+    return bundle
+
+
+def abstract_params_in(step_folder: str) -> dict:
+    """The parameters of a step folder as jax.ShapeDtypeStruct, nothing read but their shapes."""
+    with _damage_named(step_folder, "params"):
+        stored = _arrays().metadata(_absolute(f"{step_folder}/params")).tree
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
+
+
+def read_params(step_folder: str, params: dict) -> dict:
+    """The parameters of a step folder, on the devices.
+
+    Args:
+      params: jax.ShapeDtypeStruct with the shardings and dtypes wanted, for all parameters or
+        some.
+    Raises:
+      InputError: the checkpoint is damaged, or of another model.
+    """
+    return _read(step_folder, "params", params)
+
+
+def write_params(target: str, params: dict, bundle: dict) -> None:
+    """Writes a checkpoint without optimizer state; `target` becomes the step folder.
+
+    Raises:
+      InputError: the target exists or cannot be written.
+    """
+    if storage.exists(target):
+        raise InputError(f"{target}: exists; wanted a new folder")
+    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    with storage.explained(target), contextlib.closing(checkpointer):
+        checkpointer.save(
+            _absolute(target),
+            args=ocp.args.Composite(
+                params=ocp.args.PyTreeSave(params), bundle=ocp.args.JsonSave(bundle)
+            ),
+        )
+
+
+def _read(step_folder: str, item: str, abstract):
+    with _damage_named(step_folder, item):
+        _check_arrays(_arrays().metadata(_absolute(f"{step_folder}/{item}")).tree, abstract)
+        restore = ocp.args.PyTreeRestore(
+            abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            partial_restore=True,
+        )
+        return _arrays().restore(_absolute(f"{step_folder}/{item}"), args=restore)
+
+
+def _check_arrays(stored, abstract) -> None:
+    # A partial restore hands back what it does not find as it was asked for, without a word.
+    stored = {_name(path): leaf.shape for path, leaf in _leaves(stored)}
+    wanted = {_name(path): leaf.shape for path, leaf in _leaves(abstract)}
+    for name, shape in wanted.items():
+        if stored.get(name) != shape:
+            raise ValueError(f"{name}: found {stored.get(name, 'nothing')}; wanted shape {shape}")
+
+
+def _leaves(tree) -> list:
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _name(path) -> str:
+    # Orbax keeps tuples as lists and named tuples as dicts: only the last parts of keys agree.
+    return "/".join(jax.tree_util.keystr((key,)).strip("[].'") for key in path)
+
+
+def _arrays() -> ocp.PyTreeCheckpointHandler:
+    return ocp.PyTreeCheckpointHandler()
+
+
+def _absolute(path: str) -> epath.Path:
+    return epath.Path(path) if storage.is_bucket(path) else epath.Path(path).absolute()
+
+
+@contextlib.contextmanager
+def _damage_named(step_folder: str, item: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # Orbax hands on what tensorstore says of unreadable data as a bare Exception.
+        if type(error) is not Exception and not isinstance(error, (ValueError, KeyError, OSError)):
+            raise
+        reason = (str(error.__cause__ or error) or repr(error)).splitlines()[0]
+        raise InputError(
+            f"{step_folder}/{item}: cannot be restored: {reason}. Wanted a "
+            "complete checkpoint of this model; move this folder away to use an older one."
+        ) from error

@@ -1,0 +1,84 @@
+"""What each step of a run leaves behind: a line of metrics.jsonl and the progress bar."""
+
+import math
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from easylm.data.batches import BatchStream
+from easylm.metrics import MetricsWriter, ProgressBar, model_flops, peak_flops, rates
+from easylm.models.llama.config import LlamaConfig
+from easylm.models.llama.model import abstract_params
+
+
+class Reporter:
+    """Writes and shows the steps of one run.
+
+    Args:
+      workdir: of the run.
+      model: sizes of the model, from which FLOPs are counted.
+      mesh: where it runs.
+      stream: the run's batches.
+      schedule: learning rate of step i, counted from 0.
+      last_step: the step the run goes on from.
+      every: steps between lines of metrics.jsonl; the last step always has one.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        model: LlamaConfig,
+        mesh: Mesh,
+        stream: BatchStream,
+        schedule: optax.Schedule,
+        last_step: int,
+        every: int,
+    ):
+        self._model, self._stream, self._schedule, self._every = model, stream, schedule, every
+        self._parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model)))
+        self._peak = peak_flops(mesh.devices.flat[0].device_kind, mesh.size)
+        self._writer = MetricsWriter(workdir, last_step)
+        self._bar = ProgressBar(last_step, len(stream))
+
+    def __call__(self, step: int, metrics: dict[str, float], seconds: float) -> None:
+        """Reports step `step`, which took `seconds`; metrics as the train step gives them."""
+        record = self._record(step, metrics, seconds)
+        is_last = step == len(self._stream) or not math.isfinite(metrics["loss"])
+        if step % self._every == 0 or is_last:
+            self._writer.write(record)
+        self._bar.show(record)
+        self._bar.step()
+
+    def _record(self, step: int, metrics: dict[str, float], seconds: float) -> dict:
+        model, stream = self._model, self._stream
+        flops = model_flops(
+            parameters=self._parameters,
+            num_hidden_layers=model.num_hidden_layers,
+            num_attention_heads=model.num_attention_heads,
+            head_dim=model.head_dim,
+            tokens=metrics["tokens"],
+            causal_pairs=metrics["causal_pairs"],
+        )
+        counted = rates(
+            tokens=int(metrics["tokens"]),
+            target_tokens=int(metrics["target_tokens"]),
+            row_tokens=stream.rows_per_batch * stream.seq_len,
+            seconds=seconds,
+            flops=flops,
+            peak=self._peak,
+        )
+        return {
+            "step": step,
+            "epoch": stream.epoch(step),
+            "loss": metrics["loss"],
+            "learning_rate": float(self._schedule(step - 1)),
+            "grad_norm": metrics["grad_norm"],
+            **counted,
+        }
+
+    def close(self) -> None:
+        """Leaves the bar as it is and makes sure that every line is stored."""
+        self._bar.close()
+        self._writer.close()
