@@ -2,6 +2,10 @@
 
 import os
 import pathlib
+import subprocess
+import sys
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -19,3 +23,27 @@ os.environ.setdefault(
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+
+@pytest.fixture(scope="session")
+def transformers_446(tmp_path_factory):
+    """`transformers_446(code, *args)` runs Python under transformers 4.46 and gives its output.
+
+    torch and the rest are those of this environment. Skips where no package index answers.
+    """
+    folder = tmp_path_factory.mktemp("transformers_446")
+    uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", sys.executable]
+    command = [*uv, "--target", str(folder), "transformers==4.46.3"]
+    installed = subprocess.run(command, capture_output=True, text=True)
+    if installed.returncode and "error sending request" in installed.stderr:
+        pytest.skip("the package index does not answer")
+    assert installed.returncode == 0, installed.stderr
+
+    def run(code, *args):
+        command = [sys.executable, "-c", code, *map(str, args)]
+        env = {**os.environ, "PYTHONPATH": str(folder)}
+        result = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run
