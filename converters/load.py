@@ -1,0 +1,253 @@
+"""Hugging Face tensors from a source straight into stacked, sharded parameters.
+
+The rows of every tensor are cut into as many pieces as there are devices to hold them, in the order
+of the mesh, and every process reads the pieces of its own devices: of stacked layers a whole tensor
+a round, of the rest a range of rows. So the processes read disjoint shares of the bytes, and one
+jitted update, which donates its destination, lets the devices exchange the pieces.
+"""
+
+import dataclasses
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from tqdm import tqdm
+
+from easylm.converters.llama import EMBEDDING, HEAD, Rule, check_tensors, rules
+from easylm.converters.tensors import TensorSource, has_nonfinite, refuse
+from easylm.errors import InputError
+from easylm.models.llama.config import LlamaConfig
+
+# A request to a bucket costs some 50 ms however short it is.
+MIN_READ_BYTES = 8 << 20
+_NOT_FINITE = "holds values that are not finite"
+_NOT_TIED = f"differs from {EMBEDDING}, but config.json says tie_word_embeddings"
+
+
+def load_params(
+    source: TensorSource,
+    config: LlamaConfig,
+    shardings: dict,
+    dtype: DTypeLike,
+    progress: bool = True,
+) -> dict:
+    """Reads a model onto the mesh.
+
+    Every process of the mesh calls this. A host holds, beside its share of the parameters, two of
+    the largest tensors it reads.
+
+    Args:
+      source: the tensors, under Hugging Face's names.
+      config: sizes of the model. A vocabulary larger than the source's gives the embedding and the
+        head new rows, each the mean of the old ones, and a line on stderr says so.
+      shardings: a NamedSharding for each parameter (`param_shardings`), all of one mesh.
+      dtype: of the result.
+      progress: whether process 0 shows a bar.
+    Raises:
+      InputError: tensors are missing, unknown, of a wrong shape or dtype, or hold values that are
+        not finite; each list is complete. Or the vocabulary is smaller than the source's.
+    """
+    source_config = _source_config(source, config)
+    ignored = check_tensors(source_config, source.tensors, source.folder)
+    if ignored:
+        _say(f"ignored {len(ignored)} tensors {ignored[0]}, ...: RoPE follows from the config")
+    if config.vocab_size > source_config.vocab_size:
+        _say(
+            f"vocabulary: {source_config.vocab_size} rows in {source.folder}, {config.vocab_size} "
+            "wanted; the new rows of embedding and head are the mean of the old ones"
+        )
+    reader = _Reader(source, tied=config.tie_word_embeddings)
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    params: dict = {}
+    with tqdm(
+        total=sum(source.tensors[name].nbytes for name in reader.names(rules(source_config))),
+        desc="load",
+        unit="B",
+        unit_scale=True,
+        disable=not progress or jax.process_index() != 0,
+    ) as bar:
+        for rule, target in zip(rules(source_config), rules(config), strict=True):
+            *parents, key = rule.path
+            node, sharding = params, shardings
+            for parent in parents:
+                node, sharding = node.setdefault(parent, {}), sharding[parent]
+            place = NamedSharding(mesh, sharding[key].spec)
+            node[key] = _load(reader, rule, target, place, jnp.dtype(dtype), bar.update)
+    reader.raise_problems()
+    return params
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr)
+
+
+def _source_config(source: TensorSource, config: LlamaConfig) -> LlamaConfig:
+    """`config` with the vocabulary that the source has."""
+    info = source.tensors.get(EMBEDDING)
+    if info is None or len(info.shape) != 2 or info.shape[0] == config.vocab_size:
+        return config
+    if info.shape[0] > config.vocab_size:
+        raise InputError(
+            f"{source.folder}: {info.where}: tensor {EMBEDDING}: found {info.shape[0]} rows; "
+            f"wanted at most vocab_size = {config.vocab_size}: a vocabulary can grow, not shrink"
+        )
+    return dataclasses.replace(config, vocab_size=info.shape[0])
+
+
+class _Reader:
+    """Reads ranges of rows and remembers which tensors held bad values, to name all at once."""
+
+    def __init__(self, source: TensorSource, tied: bool):
+        self.source = source
+        self._tied_head = tied and HEAD in source.tensors
+        self._bad: set[tuple[str, str]] = set()
+
+    def names(self, wanted: tuple[Rule, ...]) -> list[str]:
+        """The tensors that will be read."""
+        found = [name for rule in wanted for name in rule.hf_names()]
+        return [*found, HEAD] if self._tied_head else found
+
+    def wire_dtype(self, rule: Rule) -> np.dtype:
+        """One dtype for the tensors of a rule, all of which hold only floats."""
+        dtypes = {self.source.tensors[name].dtype for name in rule.hf_names()}
+        wide = dtypes.pop()
+        for dtype in dtypes:
+            wide = jnp.promote_types(wide, dtype)
+        return np.dtype(np.float32) if wide == np.float64 else wide
+
+    def read(self, name: str, start: int, end: int) -> np.ndarray:
+        """Rows `[start, end)`."""
+        rows = self.source.read(name, start, end)
+        if has_nonfinite(rows):
+            self._bad.add((name, _NOT_FINITE))
+        if name == EMBEDDING and self._tied_head:
+            head = self.source.read(HEAD, start, end)
+            if not np.array_equal(rows, head):
+                self._bad.add((HEAD, _NOT_TIED))
+        return rows
+
+    def raise_problems(self) -> None:
+        """Raises, in every process, the InputError that lists what any of them found."""
+        names = self.source.tensors
+        possible = [(name, problem) for name in names for problem in (_NOT_FINITE, _NOT_TIED)]
+        seen = np.array([entry in self._bad for entry in possible])
+        if jax.process_count() > 1:
+            seen = multihost_utils.process_allgather(seen).any(axis=0)
+        refuse(
+            [
+                f"{self.source.tensors[name].where}: tensor {name} {problem}"
+                for (name, problem), bad in zip(possible, seen, strict=True)
+                if bad
+            ],
+            self.source.folder,
+        )
+
+
+def _load(
+    reader: _Reader,
+    rule: Rule,
+    target: Rule,
+    sharding: NamedSharding,
+    dtype: np.dtype,
+    report: Callable[[int], object],
+) -> jax.Array:
+    """One parameter, reporting bytes; `target` is `rule` with the vocabulary wanted."""
+    layers = rule.num_layers
+    shape = target.native_shape if layers is None else (layers, *target.native_shape)
+    result = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+    update = _make_update(rule, target, sharding)
+    readers = 1 if layers is None else _slots(sharding.mesh)
+    share = math.ceil((layers or 1) / readers)
+    for turn in range(share):
+        # Out of range, where the last reader has fewer layers: nothing is read or written.
+        turns = np.array([slot * share + turn for slot in range(readers)], np.int32)
+        present = [int(layer) for layer in turns if layer < (layers or 1)]
+        pieces = _read_pieces(reader, rule, turns, sharding.mesh)
+        # The read above overlapped the update before it; a third would only fill the memory.
+        result.block_until_ready()
+        result = update(result, pieces, turns)
+        infos = [reader.source.tensors[rule.hf_name(layer)] for layer in present]
+        report(sum(info.nbytes for info in infos))
+    return result
+
+
+def _slots(mesh: Mesh) -> int:
+    """How many layers are read at once: one by each process."""
+    processes = {device.process_index for device in mesh.devices.flat}
+    return math.gcd(len(processes), mesh.size)
+
+
+def _make_update(rule: Rule, target: Rule, sharding: NamedSharding) -> Callable:
+    """(parameter, pieces [devices, rows, ...], layers [slots]) -> the parameter with them in it."""
+    rows, new_rows = rule.hf_shape[0], target.hf_shape[0] - rule.hf_shape[0]
+
+    def update(stack: jax.Array, pieces: jax.Array, layers: jax.Array) -> jax.Array:
+        tensors = pieces.reshape(len(layers), -1, *pieces.shape[2:])[:, :rows]
+        if rule.num_layers is not None:
+            native = jax.vmap(rule.to_native)(tensors).astype(stack.dtype)
+            return stack.at[layers].set(native, mode="drop")
+        tensor = tensors[0]
+        if new_rows:
+            mean = tensor.astype(jnp.float32).mean(axis=0, keepdims=True).astype(stack.dtype)
+            new = jnp.broadcast_to(mean, (new_rows, *mean.shape[1:]))
+            tensor = jnp.concatenate([tensor.astype(stack.dtype), new])
+        return target.to_native(tensor).astype(stack.dtype)
+
+    return jax.jit(update, donate_argnums=0, out_shardings=sharding)
+
+
+def _read_pieces(reader: _Reader, rule: Rule, layers: np.ndarray, mesh: Mesh) -> jax.Array:
+    """The tensors of `layers`, cut into rows over all devices: [devices, rows of a piece, ...]."""
+    devices = list(mesh.devices.flat)
+    pieces = len(devices) // len(layers)
+    dtype = reader.wire_dtype(rule)
+    total, rest = rule.hf_shape[0], rule.hf_shape[1:]
+    rows = _piece_rows(total, math.prod(rest) * dtype.itemsize, pieces, devices)
+    local = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
+    arrays = []
+    for slot, run in _neighbours(local, pieces):
+        layer = int(layers[slot])
+        first, last = run[0] % pieces * rows, (run[-1] % pieces + 1) * rows
+        start, end = min(first, total), min(last, total)
+        if layer >= (rule.num_layers or 1) or start == end:
+            data = np.empty((0, *rest), dtype)
+        else:
+            data = reader.read(rule.hf_name(layer), start, end).astype(dtype, copy=False)
+        for number, device in enumerate(devices[i] for i in run):
+            piece = data[number * rows : (number + 1) * rows]
+            if len(piece) < rows:
+                fill = np.zeros((rows - len(piece), *rest), dtype)
+                piece = np.concatenate([piece, fill])
+            arrays.append(jax.device_put(piece[None], device))
+    return jax.make_array_from_single_device_arrays(
+        (len(devices), rows, *rest),
+        NamedSharding(mesh, PartitionSpec(mesh.axis_names)),
+        arrays,
+    )
+
+
+def _piece_rows(total: int, row_bytes: int, pieces: int, devices: list[jax.Device]) -> int:
+    """Rows of a piece, such that one process's pieces together are worth a request."""
+    processes = len({device.process_index for device in devices})
+    even = math.ceil(total / pieces)
+    if processes == 1:
+        return even
+    enough = math.ceil(MIN_READ_BYTES / (row_bytes * min(pieces, len(devices) // processes)))
+    return min(total, max(even, enough))
+
+
+def _neighbours(positions: list[int], pieces: int) -> Iterator[tuple[int, list[int]]]:
+    """Runs of consecutive positions with one slot each, as (slot, positions)."""
+    groups = itertools.groupby(
+        enumerate(positions), lambda item: (item[1] // pieces, item[1] - item[0])
+    )
+    for (slot, _), run in groups:
+        yield slot, [position for _, position in run]
