@@ -46,7 +46,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_tokenizer(
-    path: str | os.PathLike[str], chat_template: str = "tulu"
+    path: str | os.PathLike[str], chat_template: str | None = "tulu"
 ) -> PreTrainedTokenizerFast:
     """Loads a tokenizer and gives it the chat template to train with.
 
@@ -54,7 +54,7 @@ def load_tokenizer(
         path: a Hugging Face folder, a folder or file with a sentencepiece `tokenizer.model`, a
             `tokenizer.json` (local or gs://), or a name on the Hugging Face hub.
         chat_template: `tulu`, or `own` for the template that comes with the tokenizer, or the path
-            of a jinja file.
+            of a jinja file; None for whatever comes with it, if anything.
 
     Raises:
         InputError: nothing is there, it is not a tokenizer this can read exactly, or it lacks an
@@ -73,6 +73,8 @@ def load_tokenizer(
             f"{path}: the tokenizer names no eos_token, so an answer could not end; "
             f"add eos_token to its tokenizer_config.json"
         )
+    if chat_template is None:
+        return tokenizer
     if chat_template == "tulu":
         tokenizer.chat_template = TULU
     elif chat_template != "own":
@@ -112,6 +114,14 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:
         "tokenizer_config.json": _json_bytes(config),
         "special_tokens_map.json": _json_bytes(names),
     }
+
+
+def tokenizer_files_in(folder: str) -> dict[str, bytes]:
+    """The tokenizer files in a folder, name to content; none where there is no tokenizer."""
+    present = storage.list_files(folder)
+    files = {name: storage.read_bytes(f"{folder}/{name}") for name in _FILES if name in present}
+    whole = files.keys() & {"tokenizer.json", "tokenizer.model", "vocab.json"}
+    return files if whole else {}
 
 
 def load_tokenizer_files(
@@ -193,9 +203,8 @@ def _read_files(path: str) -> dict[str, bytes] | None:
     """The tokenizer files at `path`; None when `path` can only be a name on the hub."""
     path = path if storage.is_bucket(path) else os.path.expanduser(path)
     if storage.is_folder(path):
-        present = storage.list_files(path)
-        files = {name: storage.read_bytes(f"{path}/{name}") for name in _FILES if name in present}
-        if not files.keys() & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
+        files = tokenizer_files_in(path)
+        if not files:
             raise InputError(
                 f"{path}: no tokenizer in this folder; wanted tokenizer.json or tokenizer.model"
             )
