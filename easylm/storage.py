@@ -6,12 +6,14 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-import fsspec
 import numpy as np
 
 from easylm.errors import InputError
+
+if TYPE_CHECKING:
+    import fsspec
 
 COMPLETE = "COMPLETE"
 # One stream from a bucket is slow, so a large read is several requests at once. Together they
@@ -29,35 +31,43 @@ def is_bucket(path: str) -> bool:
 
 def exists(path: str) -> bool:
     """Whether there is a file or folder of that name; in a bucket, any object below it."""
+    if not is_bucket(path):
+        return os.path.exists(os.path.expanduser(path))
     with explained(path):
-        return _file_system(path).exists(path)
+        return _bucket().exists(path)
 
 
 def is_folder(path: str) -> bool:
     """Whether `path` is a folder; in a bucket, whether objects lie below it."""
+    if not is_bucket(path):
+        return os.path.isdir(os.path.expanduser(path))
     with explained(path):
-        return _file_system(path).isdir(path)
+        return _bucket().isdir(path)
 
 
 def file_size(path: str) -> int:
     """Size in bytes. Raises InputError where there is no such file."""
-    with explained(path):
-        info = _file_system(path).info(path)
-    if info["type"] != "file":
+    if is_folder(path):
         raise InputError(f"{path}: found a folder; wanted a file")
-    return info["size"]
+    with explained(path):
+        return (
+            _bucket().size(path) if is_bucket(path) else os.stat(os.path.expanduser(path)).st_size
+        )
 
 
 def list_files(folder: str) -> dict[str, int]:
     """The files directly in `folder`, as name → bytes, sorted by name; subfolders are left out."""
     with explained(folder):
-        entries = _file_system(folder).ls(folder, detail=True)
-    files = [entry for entry in entries if entry["type"] == "file"]
-    return {os.path.basename(entry["name"]): entry["size"] for entry in sorted(files, key=_name)}
-
-
-def _name(entry: dict) -> str:
-    return entry["name"]
+        if is_bucket(folder):
+            entries = [
+                entry for entry in _bucket().ls(folder, detail=True) if entry["type"] == "file"
+            ]
+            files = {os.path.basename(entry["name"]): entry["size"] for entry in entries}
+        else:
+            # Links are followed: the cache of the Hugging Face hub is made of them.
+            with os.scandir(os.path.expanduser(folder)) as scan:
+                files = {entry.name: entry.stat().st_size for entry in scan if entry.is_file()}
+    return dict(sorted(files.items()))
 
 
 def read_bytes(path: str) -> bytes:
@@ -73,8 +83,12 @@ def read_range(path: str, start: int, end: int) -> bytes:
     Raises:
       InputError: the file cannot be read, or ends before `end`.
     """
+    if not is_bucket(path):
+        out = np.empty(end - start, np.uint8)
+        read_into(path, start, out)
+        return out.tobytes()
     with explained(path):
-        data = _file_system(path).cat_file(path, start=start, end=end)
+        data = _bucket().cat_file(path, start=start, end=end)
     if len(data) != end - start:
         raise _cut(path, start + len(data), end)
     return data
@@ -99,7 +113,7 @@ def read_into(path: str, start: int, out: np.ndarray) -> None:
         for first in range(start, end, window):
             starts = list(range(first, min(first + window, end), REQUEST_BYTES))
             ends = [min(s + REQUEST_BYTES, end) for s in starts]
-            parts = _file_system(path).cat_ranges([path] * len(starts), starts, ends)
+            parts = _bucket().cat_ranges([path] * len(starts), starts, ends)
             for s, e, part in zip(starts, ends, parts, strict=True):
                 if isinstance(part, Exception):
                     raise part
@@ -126,9 +140,9 @@ def _cut(path: str, found: int, wanted: int) -> InputError:
 
 
 def copy_to_disk(path: str, local: str) -> None:
-    """Copies a file, of a bucket say, to the local file `local`."""
+    """Copies a file of a bucket to the local file `local`."""
     with explained(path):
-        _file_system(path).get_file(path, local)
+        _bucket().get_file(path, local)
 
 
 def open_to_write(path: str) -> BinaryIO:
@@ -137,7 +151,9 @@ def open_to_write(path: str) -> BinaryIO:
     Wrap what writes to it in `explained`: a full disk or a refusing bucket shows only then.
     """
     with explained(path):
-        return _file_system(path).open(path, "wb", block_size=UPLOAD_BYTES)
+        if is_bucket(path):
+            return _bucket().open(path, "wb", block_size=UPLOAD_BYTES)
+        return open(os.path.expanduser(path), "wb")
 
 
 def write_bytes(path: str, data: bytes) -> None:
@@ -176,9 +192,8 @@ def _write_in_place(target: str) -> Iterator[str]:
         yield target
         write_bytes(f"{target}/{COMPLETE}", b"")
     except BaseException:
-        files = _file_system(target)
-        if files.exists(target):
-            files.rm(target, recursive=True)
+        if _bucket().exists(target):
+            _bucket().rm(target, recursive=True)
         raise
 
 
@@ -198,10 +213,12 @@ def _write_and_rename(target: str) -> Iterator[str]:
         raise
 
 
-def _file_system(path: str) -> fsspec.AbstractFileSystem:
+def _bucket() -> "fsspec.AbstractFileSystem":
+    # Only a path in a bucket needs to wait for the import.
+    import fsspec
+
     # Listings are not cached: another process, or Orbax, may have written since.
-    protocol = "gs" if is_bucket(path) else "file"
-    return fsspec.filesystem(protocol, use_listings_cache=False)
+    return fsspec.filesystem("gs", use_listings_cache=False)
 
 
 _LOCAL_CAUSES = {

@@ -84,6 +84,30 @@ def test_files_of_a_folder_are_listed_without_subfolders(root):
         storage.file_size(f"{root}/made")
 
 
+def test_links_are_followed(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "blob").write_bytes(b"123")
+    (tmp_path / "folder" / "link").symlink_to("blob")
+    (tmp_path / "other").symlink_to("folder")
+    assert storage.list_files(f"{tmp_path}/other") == {"blob": 3, "link": 3}
+    assert storage.is_folder(f"{tmp_path}/other")
+    assert storage.file_size(f"{tmp_path}/other/link") == 3
+    assert storage.read_bytes(f"{tmp_path}/other/link") == b"123"
+
+
+def test_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    storage.write_bytes("~/a", b"1")
+    with storage.write_folder("~/made") as folder:
+        storage.write_bytes(f"{folder}/b", b"1")
+    assert storage.exists("~/a")
+    assert storage.file_size("~/a") == 1
+    assert storage.read_bytes("~/made/b") == b"1"
+    assert storage.is_folder("~/made")
+    assert list(storage.list_files("~/made")) == ["COMPLETE", "b"]
+    assert sorted(os.listdir(tmp_path)) == ["a", "made"]
+
+
 def test_a_listing_sees_what_was_written_after_the_last_one(root):
     storage.write_bytes(f"{root}/a", b"1")
     assert list(storage.list_files(root)) == ["a"]
