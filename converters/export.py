@@ -5,7 +5,7 @@ import functools
 import json
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import ml_dtypes
@@ -79,9 +79,37 @@ def export_leaves(
       InputError: the target exists or cannot be written, or parameters are not finite in `dtype`
         (all are listed). Nothing is left behind then, nor when `get_leaf` raises.
     """
-    model = rules(config)
     to_dtype = EXPORT_DTYPES[dtype]
-    plan = [(name, rule.hf_shape, to_dtype) for rule in model for name in rule.hf_names()]
+    write_model(
+        export_tensors(rules(config), get_leaf, to_dtype),
+        config,
+        target,
+        dtype=dtype,
+        files={"README.md": model_card.encode(), **tokenizer_files},
+        where=target,
+        progress=progress,
+    )
+
+
+def write_model(
+    tensors: Iterable[tuple[str, np.ndarray]],
+    config: LlamaConfig,
+    target: str,
+    *,
+    dtype: str,
+    files: Mapping[str, bytes],
+    where: str,
+    progress: bool,
+) -> None:
+    """Writes a model's folder from Hugging Face's tensors; see `export_leaves`.
+
+    Args:
+      tensors: (name, array of dtype), in the order of `rules` and, within one, of layers.
+      files: name → content, written beside the weights, in place of those made here.
+      where: the tensors come from, for messages.
+    """
+    to_dtype = EXPORT_DTYPES[dtype]
+    plan = [(name, rule.hf_shape, to_dtype) for rule in rules(config) for name in rule.hf_names()]
     is_writer = jax.process_index() == 0
     bad = []
     with contextlib.ExitStack() as stack:
@@ -98,15 +126,16 @@ def export_leaves(
             )
         )
         # All processes look at all values, so that all raise the same error.
-        for name, array in export_tensors(model, get_leaf, to_dtype):
+        for name, array in tensors:
             if has_nonfinite(array):
-                bad.append(f"parameter {name} holds values that are not finite")
+                bad.append(f"tensor {name} holds values that are not finite in {dtype}")
             if is_writer:
                 writer.write(name, array)
             bar.update(array.nbytes)
-        refuse(bad, target)
+        refuse(bad, where)
         if is_writer:
-            _write_texts(folder, config, dtype, tokenizer_files, model_card)
+            for name, content in {**_config_files(config, dtype), **files}.items():
+                storage.write_bytes(f"{folder}/{name}", content)
 
 
 def export_tensors(
@@ -141,26 +170,13 @@ def _slicer(whole: bool, dtype: np.dtype, sharding: NamedSharding | None) -> Cal
     )
 
 
-def _write_texts(
-    folder: str,
-    config: LlamaConfig,
-    dtype: str,
-    tokenizer_files: Mapping[str, bytes],
-    model_card: str,
-) -> None:
+def _config_files(config: LlamaConfig, dtype: str) -> dict[str, bytes]:
     hf = config.to_hf(dtype)
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     generation = {"_from_model_config": True} | {
         name: hf[name] for name in ids if hf[name] is not None
     }
-    files = {
-        "config.json": _json(hf),
-        "generation_config.json": _json(generation),
-        "README.md": model_card.encode(),
-        **tokenizer_files,
-    }
-    for name, content in files.items():
-        storage.write_bytes(f"{folder}/{name}", content)
+    return {"config.json": _json(hf), "generation_config.json": _json(generation)}
 
 
 def _json(content: dict) -> bytes:

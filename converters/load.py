@@ -54,26 +54,22 @@ def load_params(
       InputError: tensors are missing, unknown, of a wrong shape or dtype, or hold values that are
         not finite; each list is complete. Or the vocabulary is smaller than the source's.
     """
-    source_config = _source_config(source, config)
-    ignored = check_tensors(source_config, source.tensors, source.folder)
+    own_config = source_config(source, config)
+    ignored = check_tensors(own_config, source.tensors, source.folder)
     if ignored:
         _say(f"ignored {len(ignored)} tensors {ignored[0]}, ...: RoPE follows from the config")
-    if config.vocab_size > source_config.vocab_size:
-        _say(
-            f"vocabulary: {source_config.vocab_size} rows in {source.folder}, {config.vocab_size} "
-            "wanted; the new rows of embedding and head are the mean of the old ones"
-        )
+    say_growth(source.folder, own_config.vocab_size, config.vocab_size)
     reader = _Reader(source, tied=config.tie_word_embeddings)
     mesh = jax.tree.leaves(shardings)[0].mesh
     params: dict = {}
     with tqdm(
-        total=sum(source.tensors[name].nbytes for name in reader.names(rules(source_config))),
+        total=sum(source.tensors[name].nbytes for name in reader.names(rules(own_config))),
         desc="load",
         unit="B",
         unit_scale=True,
         disable=not progress or jax.process_index() != 0,
     ) as bar:
-        for rule, target in zip(rules(source_config), rules(config), strict=True):
+        for rule, target in zip(rules(own_config), rules(config), strict=True):
             *parents, key = rule.path
             node, sharding = params, shardings
             for parent in parents:
@@ -89,17 +85,37 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _source_config(source: TensorSource, config: LlamaConfig) -> LlamaConfig:
-    """`config` with the vocabulary that the source has."""
-    info = source.tensors.get(EMBEDDING)
-    if info is None or len(info.shape) != 2 or info.shape[0] == config.vocab_size:
-        return config
-    if info.shape[0] > config.vocab_size:
+def say_growth(where: str, old: int, new: int) -> None:
+    """Says so on stderr where a model of `old` words gets `new`.
+
+    Raises:
+      InputError: it would lose some.
+    """
+    if new < old:
         raise InputError(
-            f"{source.folder}: {info.where}: tensor {EMBEDDING}: found {info.shape[0]} rows; "
-            f"wanted at most vocab_size = {config.vocab_size}: a vocabulary can grow, not shrink"
+            f"{where}: {EMBEDDING}: found {old} rows; wanted at most vocab_size = {new}: a "
+            "vocabulary can grow, not shrink"
         )
-    return dataclasses.replace(config, vocab_size=info.shape[0])
+    if new > old:
+        _say(
+            f"vocabulary: {old} rows in {where}, {new} wanted; the new rows of embedding and head "
+            "are the mean of the old ones"
+        )
+
+
+def grow_rows(tensor: jax.Array | np.ndarray, count: int, dtype: DTypeLike) -> jax.Array:
+    """`tensor` [rows, ...] in `dtype` and `count` rows more, each the mean, taken in float32."""
+    mean = tensor.astype(jnp.float32).mean(axis=0, keepdims=True).astype(dtype)
+    new = jnp.broadcast_to(mean, (count, *mean.shape[1:]))
+    return jnp.concatenate([tensor.astype(dtype), new])
+
+
+def source_config(source: TensorSource, config: LlamaConfig) -> LlamaConfig:
+    """`config` with the vocabulary that the source says it has."""
+    if source.config is None:
+        return config
+    vocab_size = LlamaConfig.from_hf(source.config, source.config_path).vocab_size
+    return dataclasses.replace(config, vocab_size=vocab_size)
 
 
 class _Reader:
@@ -196,9 +212,7 @@ def _make_update(rule: Rule, target: Rule, sharding: NamedSharding) -> Callable:
             return stack.at[layers].set(native, mode="drop")
         tensor = tensors[0]
         if new_rows:
-            mean = tensor.astype(jnp.float32).mean(axis=0, keepdims=True).astype(stack.dtype)
-            new = jnp.broadcast_to(mean, (new_rows, *mean.shape[1:]))
-            tensor = jnp.concatenate([tensor.astype(stack.dtype), new])
+            tensor = grow_rows(tensor, new_rows, stack.dtype)
         return target.to_native(tensor).astype(stack.dtype)
 
     return jax.jit(update, donate_argnums=0, out_shardings=sharding)
