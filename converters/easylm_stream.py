@@ -80,20 +80,22 @@ class EasyLMSource:
         leaf, weight = self._leaves[name]
         if not weight.is_kernel:
             return leaf.read(self._path, start_row, end_row)
-        array = leaf.read(self._path).T
+        kernel = leaf.read(self._path)
         if weight.heads and not self._unpermuted:
-            array = halves_from_pairs(array, weight.heads)
-        return array[start_row:end_row]
+            kernel = halves_from_pairs(kernel, weight.heads)
+        return kernel.T[start_row:end_row]
 
     def close(self) -> None:
         """Nothing is held open."""
 
 
-def halves_from_pairs(array: np.ndarray, heads: int) -> np.ndarray:
-    """Reorders rows [heads * head_dim, in] from RoPE's neighbouring pairs to its two halves."""
-    rows, columns = array.shape
-    pairs = array.reshape(heads, rows // heads // 2, 2, columns)
-    return pairs.swapaxes(1, 2).reshape(rows, columns)
+def halves_from_pairs(kernel: np.ndarray, heads: int) -> np.ndarray:
+    """Reorders columns [in, heads * head_dim] from RoPE's neighbouring pairs to its two halves."""
+    pairs = kernel.reshape(len(kernel), heads, -1, 2)
+    halves = np.empty((len(kernel), heads, 2, pairs.shape[2]), kernel.dtype)
+    halves[:, :, 0] = pairs[..., 0]
+    halves[:, :, 1] = pairs[..., 1]
+    return halves.reshape(kernel.shape)
 
 
 def wanted_weights(config: LlamaConfig, config_path: str) -> dict[Key, Weight]:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from easylm import storage
-from easylm.converters.tensors import BFLOAT16, TensorInfo, files_and_size, refuse
+from easylm.converters.tensors import BFLOAT16, TensorInfo, contiguous, files_and_size, refuse
 from easylm.errors import InputError
 
 SINGLE = "model.safetensors"
@@ -298,7 +298,7 @@ class SafetensorsWriter:
                 self._open_shard = shard
                 self._file.write(header_bytes(self._shards[shard], self._metadata))
             for block in _blocks(array):
-                self._file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+                self._file.write(contiguous(block).reshape(-1).view(np.uint8).data)
 
     def close(self) -> None:
         """Finishes the last file and writes the index, if there are several."""

@@ -107,3 +107,26 @@ def has_nonfinite(array: np.ndarray) -> bool:
         buffersize=1 << 16,
     )
     return any((block & exponent).max() == exponent for block in blocks if block.size)
+
+
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_TILE = 128
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """`array` in C order, copied only if it is not.
+
+    Copies as integers, which numpy does four times as fast as bfloat16, and a transposed matrix in
+    tiles that stay in the cache, which is four times as fast again.
+    """
+    if array.flags.c_contiguous:
+        return array
+    source = array.view(_UNSIGNED[array.itemsize])
+    if source.ndim != 2 or source.strides[0] > source.strides[1]:
+        return np.ascontiguousarray(source).view(array.dtype)
+    out = np.empty(source.shape, source.dtype)
+    for row in range(0, len(out), _TILE):
+        for column in range(0, out.shape[1], _TILE):
+            tile = np.s_[row : row + _TILE, column : column + _TILE]
+            out[tile] = source[tile]
+    return out.view(array.dtype)

@@ -391,7 +391,6 @@ def write_head(file, key, nbytes, shape):
     file.write(struct.pack(">I", len(ext_head) + nbytes) + ext_head)
 
 
-@pytest.mark.slow
 def test_records_of_nearly_four_gib(tmp_path):
     """Of the two large arrays a sparse file holds only a few rows; the rest is never read."""
     embed, vocab = 2048, 500_000

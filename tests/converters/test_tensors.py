@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from easylm.converters.tensors import TensorInfo, files_and_size, has_nonfinite, refuse
+from easylm.converters.tensors import TensorInfo, contiguous, files_and_size, has_nonfinite, refuse
 from easylm.errors import InputError
 
 FLOATS = (ml_dtypes.bfloat16, np.float16, np.float32, np.float64)
@@ -70,3 +70,24 @@ def test_all_problems_are_listed_at_once():
     assert lines[0] == "here: 23 problems:"
     assert lines[1:21] == [f"  tensor {i}" for i in range(20)]
     assert lines[21] == "  and 3 more"
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, np.int8, bool])
+def test_any_layout_is_copied_into_order(dtype):
+    array = np.random.default_rng(0).normal(size=(300, 270)).astype(dtype)
+    layouts = (
+        array.T,
+        array[::2],
+        array[:, ::3],
+        array.T[5:, ::2],
+        array[::-1, ::-1],
+        array.reshape(2, 150, 3, 90).swapaxes(1, 2),
+        array[:1].T,
+        array[:0].T,
+    )
+    for layout in layouts:
+        copy = contiguous(layout)
+        assert copy.flags.c_contiguous
+        assert (copy.dtype, copy.shape) == (layout.dtype, layout.shape)
+        assert copy.tobytes() == layout.tobytes()
+    assert contiguous(array) is array
