@@ -54,7 +54,15 @@ class Checkpointer:
         self._folder = f"{workdir.rstrip('/')}/checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         with storage.explained(self._folder):
-            self._manager = ocp.CheckpointManager(_absolute(self._folder), options=options)
+            self._manager = ocp.CheckpointManager(
+                _absolute(self._folder),
+                item_handlers={
+                    "params": _arrays(),
+                    "opt_state": _arrays(),
+                    "bundle": ocp.JsonCheckpointHandler(),
+                },
+                options=options,
+            )
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint."""
@@ -147,7 +155,9 @@ def write_params(target: str, params: dict, bundle: dict) -> None:
     """
     if storage.exists(target):
         raise InputError(f"{target}: exists; wanted a new folder")
-    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    checkpointer = ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(params=_arrays(), bundle=ocp.JsonCheckpointHandler())
+    )
     with storage.explained(target), contextlib.closing(checkpointer):
         checkpointer.save(
             _absolute(target),
@@ -187,7 +197,9 @@ def _name(path) -> str:
 
 
 def _arrays() -> ocp.PyTreeCheckpointHandler:
-    return ocp.PyTreeCheckpointHandler()
+    # Compression takes most of the time of a save and a second copy of the arrays in memory, and
+    # weights hardly shrink: their mantissas are noise.
+    return ocp.PyTreeCheckpointHandler(use_compression=False)
 
 
 def _absolute(path: str) -> epath.Path:
