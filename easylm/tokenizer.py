@@ -73,20 +73,27 @@ def load_tokenizer(
             f"{path}: the tokenizer names no eos_token, so an answer could not end; "
             f"add eos_token to its tokenizer_config.json"
         )
-    if chat_template is None:
-        return tokenizer
+    if chat_template is not None:
+        set_chat_template(tokenizer, os.fspath(chat_template), path)
+    return tokenizer
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerFast, chat_template: str, where: str) -> None:
+    """Gives a tokenizer the chat template to train with; see `load_tokenizer`.
+
+    Raises:
+        InputError: there is no such template; `where` names the tokenizer in the message.
+    """
     if chat_template == "tulu":
         tokenizer.chat_template = TULU
     elif chat_template != "own":
-        template = os.fspath(chat_template)
-        if not storage.exists(template):
+        if not storage.exists(chat_template):
             raise InputError(
                 f"chat_template: found {chat_template!r}; wanted 'tulu', 'own' or a jinja file"
             )
-        tokenizer.chat_template = storage.read_bytes(template).decode()
+        tokenizer.chat_template = storage.read_bytes(chat_template).decode()
     elif tokenizer.chat_template is None:
-        raise InputError(f"{path}: the tokenizer has no chat template; use chat_template='tulu'")
-    return tokenizer
+        raise InputError(f"{where}: the tokenizer has no chat template; use chat_template='tulu'")
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:

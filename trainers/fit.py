@@ -88,7 +88,7 @@ def fit(
         state = train(
             state,
             step_fn,
-            _on_mesh(stream, last_step, mesh),
+            _on_mesh(stream, last_step, mesh, config.data.workers),
             last_step=last_step,
             total_steps=len(stream),
             save_every=config.checkpoint.every,
@@ -161,7 +161,7 @@ def _restore(checkpointer, step, abstract, optimizer, shardings: TrainState) -> 
     return TrainState(jax.device_put(jnp.int32(step), shardings.step), params, opt_state)
 
 
-def _on_mesh(stream: BatchStream, last_step: int, mesh: Mesh) -> Iterator[Batch]:
+def _on_mesh(stream: BatchStream, last_step: int, mesh: Mesh, workers: int) -> Iterator[Batch]:
     """The batches after `last_step` as global arrays; this process builds only its own rows."""
     sharding = batch_sharding(mesh)
     total = stream.rows_per_batch
@@ -176,5 +176,5 @@ def _on_mesh(stream: BatchStream, last_step: int, mesh: Mesh) -> Iterator[Batch]
 
         return jax.make_array_from_callback((total, stream.seq_len), sharding, part)
 
-    for batch in prefetch(stream, last_step, slice(first, last)):
+    for batch in prefetch(stream, last_step, slice(first, last), workers):
         yield {name: place(rows) for name, rows in batch.items()}

@@ -1,0 +1,284 @@
+"""`python -m easylm.sft` from a JSON file to a folder that transformers loads; and its refusals."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+from easylm import sft
+from easylm.checkpoint import find_checkpoint, read_bundle, tokenizer_files_of
+from easylm.errors import InputError
+
+TOPICS = ("sun", "moon", "rain", "snow", "wind", "sea")
+ROWS = [
+    {"instruction": f"Say {topic} {n} times.", "input": "", "output": " ".join([topic] * n)}
+    for topic in TOPICS
+    for n in range(1, 6)
+] + [
+    {
+        "messages": [
+            {"role": "user", "content": f"Do you like the {topic}?"},
+            {"role": "assistant", "content": f"Yes, the {topic} is fine."},
+            {"role": "user", "content": "Why?"},
+            {"role": "assistant", "content": f"It is the {topic}."},
+        ]
+    }
+    for topic in TOPICS
+]
+RANDOM = {
+    "init_from": "random",
+    "model.hidden_size": 32,
+    "model.intermediate_size": 64,
+    "model.num_hidden_layers": 2,
+    "model.num_attention_heads": 4,
+    "model.num_key_value_heads": 2,
+    "model.max_position_embeddings": 128,
+    "data.tokenizer_vocab_size": 320,
+}
+COMMON = {
+    "data.seq_len": 80,
+    "steps": 6,
+    "batch_rows": 3,  # not a multiple of the eight devices: empty rows fill the batch
+    "compute_dtype": "float32",
+    "optimizer.learning_rate": 1e-2,
+    "optimizer.warmup_ratio": 0,
+    "checkpoint.every": 3,
+    "export.dtype": "float32",
+}
+CONFIG = """\
+from easylm.config import to_config_dict
+from easylm.trainers.config import SftConfig
+
+
+def get_config():
+    return to_config_dict(SftConfig)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sft")
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (path / "config.py").write_text(CONFIG)
+    return path
+
+
+def arguments(folder: pathlib.Path, workdir: pathlib.Path, options: dict) -> list[str]:
+    options = {"data.sources": str(folder / "rows.jsonl"), **COMMON, **options}
+    return [
+        f"--config={folder / 'config.py'}",
+        f"--workdir={workdir}",
+        *(f"--config.{name}={value}" for name, value in options.items()),
+    ]
+
+
+def metrics(workdir: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def first_run(folder):
+    workdir = folder / "first"
+    sft.main(arguments(folder, workdir, RANDOM))
+    return workdir
+
+
+def test_the_loss_falls_and_every_step_is_reported(first_run):
+    lines = metrics(first_run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    # About ln(320) = 5.77 at first; measured: 5.13 at last.
+    assert 5.5 < lines[0]["loss"] < 6.1
+    assert lines[-1]["loss"] < 5.3
+    rates = [line["learning_rate"] for line in lines]
+    np.testing.assert_allclose(rates, 1e-2 * (1 - np.arange(6) / 6), rtol=1e-6)
+    for line in lines:
+        assert 0 < line["target_tokens"] < line["tokens"] <= 3 * 80
+        assert line["padding_fraction"] == pytest.approx(1 - line["tokens"] / (8 * 80))
+        assert line["tokens_per_second"] == pytest.approx(line["tokens"] / line["step_seconds"])
+        assert line["mfu"] is None  # a CPU has no known peak
+    assert lines[-1]["epoch"] == pytest.approx(6 * 3 / 21)  # 36 examples in 21 rows
+
+
+def test_the_checkpoint_needs_nothing_else(first_run):
+    step_folder = find_checkpoint(str(first_run))
+    assert step_folder == str(first_run / "checkpoints" / "6")
+    bundle = read_bundle(step_folder)
+    assert bundle["step"] == 6
+    assert bundle["model_config"]["hidden_size"] == 32
+    assert bundle["run_config"] == json.loads((first_run / "config.json").read_text())
+    exported = {name: (first_run / "hf" / name).read_bytes() for name in tokenizer_files_of(bundle)}
+    assert exported == tokenizer_files_of(bundle)
+
+
+def test_transformers_loads_the_export_and_generates(first_run):
+    model = transformers.AutoModelForCausalLM.from_pretrained(first_run / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(first_run / "hf")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Say sun 3 times."}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )["input_ids"]
+    generated = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert generated.shape[1] > ids.shape[1]
+    # It has learnt at least what an answer is made of: its loss on the data is the run's.
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Say sun 3 times."}, {"role": "assistant", "content": "sun"}],
+        return_tensors="pt",
+        return_dict=True,
+    )["input_ids"]
+    with torch.no_grad():
+        assert model(text, labels=text).loss < np.log(320)
+
+
+def test_going_on_from_a_checkpoint_equals_never_having_stopped(folder, first_run, tmp_path):
+    workdir = tmp_path / "again"
+    shutil.copytree(first_run, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    shutil.rmtree(workdir / "hf")
+    sft.main(arguments(folder, workdir, RANDOM))
+    again, wanted = (load_file(run / "hf" / "model.safetensors") for run in (workdir, first_run))
+    assert again.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_array_equal(again[name], wanted[name], err_msg=name)
+    losses = [[line["loss"] for line in metrics(run)] for run in (workdir, first_run)]
+    assert losses[0] == losses[1]
+
+
+def test_a_finished_run_does_nothing_again(folder, first_run, capsys):
+    before = (first_run / "hf" / "model.safetensors").stat().st_mtime_ns
+    sft.main(arguments(folder, first_run, RANDOM))
+    assert "is there already" in capsys.readouterr().err
+    assert (first_run / "hf" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mesh": "1,2,4", "remat": "block_sharded"},
+        {"mesh": "2,4,1", "micro_batches": 3, "loss_chunk": 7, "attention": "reference"},
+    ],
+    ids=["tensor", "micro-batches"],
+)
+def test_meshes_and_micro_batches_give_the_same_losses(folder, first_run, tmp_path, options):
+    sft.main(arguments(folder, tmp_path / "run", {**RANDOM, **options, "optimizer.eps": 1e-4}))
+    # eps apart, since Adam turns the rounding of near-zero gradients into whole steps.
+    wanted = metrics(first_run)[0]
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+    assert metrics(tmp_path / "run")[0]["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("start", ["hf", "checkpoints/3"])
+def test_training_goes_on_from_what_was_trained(folder, first_run, tmp_path, start):
+    options = {"init_from": str(first_run / start), "steps": 2, "batch_rows": 8}
+    sft.main(arguments(folder, tmp_path / "run", options))
+    assert metrics(tmp_path / "run")[0]["loss"] < 5.3
+
+
+def test_examples_are_counted_into_rows(folder, tmp_path, capsys):
+    options = {**RANDOM, "batch_rows": "none", "batch_examples": 16, "steps": 1}
+    sft.main(arguments(folder, tmp_path / "run", options))
+    assert "16 examples fill" in capsys.readouterr().err
+
+
+REFUSALS = {
+    "another config in the workdir": (
+        {**RANDOM, "seed": 7},
+        "first",
+        r"holds a run of another config[\s\S]*config\.seed: .*42.*7",
+    ),
+    "a mesh that does not fit": ({**RANDOM, "mesh": "3,1,1"}, "new", r"mesh: found '3,1,1' on 8"),
+    "a tensor axis that does not divide": (
+        {**RANDOM, "mesh": "1,1,8"},
+        "new",
+        r"mesh: found tensor=8.*attention heads 4.*wanted tensor in 1, 2, 4",
+    ),
+    "no such weights": (
+        {"init_from": "/no/such/folder"},
+        "new",
+        r"/no/such/folder",
+    ),
+    "rows longer than the model": ({**RANDOM, "data.seq_len": 256}, "new", r"data\.seq_len: .*256"),
+    "no such tokenizer": (
+        {**RANDOM, "data.tokenizer_vocab_size": "none", "data.tokenizer": "/no/tokenizer"},
+        "new",
+        r"/no/tokenizer",
+    ),
+    "no such template": (
+        {"init_from": "FIRST/hf", "data.chat_template": "chatlm"},
+        "new",
+        r"chat_template: found 'chatlm'; wanted 'tulu', 'own'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_leave_no_trace(folder, first_run, tmp_path, case):
+    options, workdir, message = REFUSALS[case]
+    workdir = first_run if workdir == "first" else tmp_path / workdir
+    options = {
+        name: value.replace("FIRST", str(first_run)) if name == "init_from" else value
+        for name, value in options.items()
+    }
+    with pytest.raises(InputError, match=message):
+        sft.main(arguments(folder, workdir, options))
+    if workdir != first_run:
+        assert not (workdir / "checkpoints").exists()
+        assert not (workdir / "metrics.jsonl").exists()
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused_or_resized(folder, first_run, tmp_path):
+    larger = tmp_path / "larger"
+    shutil.copytree(first_run / "hf", larger)
+    config = json.loads((larger / "tokenizer.json").read_text())
+    token = {"id": 320, "content": "<new>", "special": True, "single_word": False}
+    token |= {"lstrip": False, "rstrip": False, "normalized": False}
+    config["added_tokens"].append(token)
+    (larger / "tokenizer.json").write_text(json.dumps(config))
+    options = {"init_from": str(first_run / "hf"), "data.tokenizer": str(larger), "steps": 1}
+    with pytest.raises(InputError, match=r"found 321 ids; the model has vocab_size=320"):
+        sft.main(arguments(folder, tmp_path / "run", options))
+    sft.main(arguments(folder, tmp_path / "run", {**options, "model.resize_vocab": True}))
+    weights = load_file(tmp_path / "run" / "hf" / "model.safetensors")
+    assert weights["model.embed_tokens.weight"].shape == (321, 32)
+    exported = json.loads((tmp_path / "run" / "hf" / "config.json").read_text())
+    assert exported["vocab_size"] == 321
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (["--config.data.sources=BAD"], 2, "messages[0].role: found 'robot'"),
+        (["--config.data.seqlen=5"], 2, "data.seq_len"),
+        (["--config.batch_rows=0"], 2, "batch_rows: found 0"),
+        (["--help"], 0, "--config.optimizer.learning_rate"),
+    ],
+    ids=["bad row", "misspelt option", "bad value", "help"],
+)
+def test_answers_come_before_jax_loads(folder, tmp_path, change, code, message):
+    bad = tmp_path / "bad.jsonl"
+    good = json.dumps(ROWS[0])
+    wrong = {"messages": [{"role": "robot", "content": "beep"}]}
+    bad.write_text(f"{good}\n{json.dumps(wrong)}\n")
+    (tmp_path / "jax.py").write_text("raise SystemExit('jax was imported')")
+    change = [argument.replace("BAD", str(bad)) for argument in change]
+    result = subprocess.run(
+        [sys.executable, "-m", "easylm.sft", *arguments(folder, tmp_path / "run", RANDOM), *change],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=pathlib.Path(sft.__file__).parent.parent,
+    )
+    assert result.returncode == code, result.stderr
+    # The message is wrapped at 80 columns.
+    assert message in " ".join((result.stdout + result.stderr).split())
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
