@@ -192,7 +192,8 @@ def _load(
         result = update(result, pieces, turns)
         infos = [reader.source.tensors[rule.hf_name(layer)] for layer in present]
         report(sum(info.nbytes for info in infos))
-    return result
+    # Two updates at once may meet in another order in another process and wait for each other.
+    return result.block_until_ready()
 
 
 def _slots(mesh: Mesh) -> int:

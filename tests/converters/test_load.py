@@ -1,8 +1,7 @@
-"""Loading onto meshes, sharded and in two processes, against the mapping of tests/tiny.py."""
+"""Loading onto meshes, against the mapping of tests/tiny.py, and in two processes."""
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -18,7 +17,7 @@ from easylm.converters.safetensors_io import SafetensorsSource
 from easylm.errors import InputError
 from easylm.models.llama.sharding import param_shardings
 from easylm.sharding import make_mesh
-from tests import tiny
+from tests import bucket, tiny
 
 
 def save(folder, model, dtype=np.float32, **changes) -> SafetensorsSource:
@@ -138,3 +137,52 @@ def test_a_vocabulary_does_not_shrink(tmp_path):
     narrow = config.__class__(**{**vars(config), "vocab_size": 64})
     with pytest.raises(InputError, match="found 67 rows; wanted at most vocab_size = 64"):
         load(save(tmp_path / "hf", model), narrow)
+
+
+@pytest.mark.parametrize("order", ["by process", "interleaved"])
+def test_two_processes_read_disjoint_shares_and_hold_the_same_model(tmp_path, order):
+    # 9 layers: the second process has none in its last turn.
+    model = tiny.hf_llama(num_hidden_layers=9)
+    model.save_pretrained(tmp_path / "hf")
+    options = ["1000"] if order == "interleaved" else []
+    run_two(tmp_path / "hf", tmp_path / "out", order, *options)
+    before = safetensors.numpy.load_file(tmp_path / "hf" / "model.safetensors")
+    after = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert_same_bits(after, before)
+
+    reads = [json.loads((tmp_path / f"out.{i}.json").read_text()) for i in range(2)]
+    total = sum(array.nbytes for array in before.values())
+    for own in reads:
+        assert sum(nbytes for *_, nbytes in own) <= 0.6 * total
+    rows = [
+        (name, row) for own in reads for name, start, end, _ in own for row in range(start, end)
+    ]
+    assert sorted(rows) == sorted((name, i) for name, x in before.items() for i in range(len(x)))
+
+
+def run_two(*arguments):
+    """Both processes of two_processes.py; fails with what they said."""
+    port = bucket.free_port()
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "tests.converters.two_processes",
+                str(i),
+                str(port),
+                *map(str, arguments),
+            ],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
