@@ -114,6 +114,9 @@ def check_target(source: str, target: str) -> None:
         raise InputError(f"--target: found {target}, which is the source; wanted a new folder")
     if storage.exists(target):
         raise InputError(f"--target: {target} exists; wanted a new folder, or delete it first")
+    parent = os.path.dirname(target)
+    if not storage.is_bucket(target) and os.path.exists(parent) and not os.path.isdir(parent):
+        raise InputError(f"--target: {target}: {parent} is a file; wanted a folder to write in")
 
 
 def _place(path: str) -> str:

@@ -372,7 +372,7 @@ def tokenizer_is_not_there(sources, hf, target):
 
 
 def target_under_a_file(sources, hf, target):
-    return command(hf, hf / "config.json" / "new", "hf"), ["found a file where a folder is wanted"]
+    return command(hf, hf / "config.json" / "new", "hf"), ["config.json is a file; wanted a folder"]
 
 
 WRONG_CALLS = [
