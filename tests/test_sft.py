@@ -256,7 +256,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused_or_resized(folder, first_r
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [
-        (["--config.data.sources=BAD"], 2, "messages[0].role: found 'robot'"),
+        (["--config.data.sources=BAD"], 2, "'robot'; wanted one of system, user, assistant"),
         (["--config.data.seqlen=5"], 2, "data.seq_len"),
         (["--config.batch_rows=0"], 2, "batch_rows: found 0"),
         (["--help"], 0, "--config.optimizer.learning_rate"),
