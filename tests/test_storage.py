@@ -7,6 +7,7 @@ import threading
 import urllib.error
 import urllib.request
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -108,10 +109,12 @@ def test_the_home_folder_is_found(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["a", "made"]
 
 
-def test_a_listing_sees_what_was_written_after_the_last_one(root):
+def test_a_listing_sees_what_another_process_wrote_since(root):
     storage.write_bytes(f"{root}/a", b"1")
     assert list(storage.list_files(root)) == ["a"]
-    storage.write_bytes(f"{root}/b", b"1")
+    protocol = "gs" if storage.is_bucket(root) else "file"
+    another = fsspec.filesystem(protocol, skip_instance_cache=True)
+    another.pipe_file(f"{root}/b", b"1")
     assert list(storage.list_files(root)) == ["a", "b"]
 
 

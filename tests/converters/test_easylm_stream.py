@@ -172,12 +172,14 @@ def boundaries(content):
     return places[:-1]
 
 
-@pytest.mark.parametrize("kind", ["sorted stream", "unsorted stream", "sorted state", "document"])
+@pytest.mark.parametrize(
+    "kind", ["sorted stream", "unsorted stream", "sorted state", "document", "chunked document"]
+)
 def test_a_file_cut_anywhere_is_refused(tmp_path, kind):
     params = tree(layers=2)
     config = {**CONFIG, "num_hidden_layers": 2}
     content = FILES[kind](params)
-    places = boundaries(content) if kind != "document" else [0]
+    places = boundaries(content) if "document" not in kind else [0]
     end = len(content)
     if kind == "sorted state":
         # Behind the weights only the step follows, and a file without it has all weights.
@@ -352,6 +354,18 @@ def test_chunks_of_a_missing_number_or_of_two_dtypes_are_refused(tmp_path):
     }
     with pytest.raises(InputError, match=r"of one dtype"):
         msgpack_scan.scan_stream(str(saved(tmp_path, chunked(chunks=mixed))))
+
+
+def test_chunks_are_joined_in_the_order_of_their_numbers(tmp_path):
+    array = np.arange(33, dtype=np.float32)
+    parts = encoder.leaf(array, chunk_bytes=12)
+    assert len(parts["chunks"]) == 11
+    parts["chunks"] = dict(sorted(parts["chunks"].items()))
+    assert list(parts["chunks"])[:3] == ["0", "1", "10"]
+    path = saved(tmp_path, raw_record(["a"], msgpack.packb(parts)))
+    found, _ = msgpack_scan.scan_stream(str(path))
+    np.testing.assert_array_equal(found[("a",)].read(str(path)), array)
+    np.testing.assert_array_equal(found[("a",)].read(str(path), 5, 32), array[5:32])
 
 
 def test_bytes_behind_a_document_are_refused(tmp_path):
