@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from easylm.converters.llama import EMBEDDING, HEAD, Rule, check_tensors, rules
 from easylm.converters.tensors import TensorSource, has_nonfinite, refuse
+from easylm.converters.transpose import contiguous
 from easylm.errors import InputError
 from easylm.models.llama.config import LlamaConfig
 
@@ -179,19 +180,17 @@ def _load(
     layers = rule.num_layers
     shape = target.native_shape if layers is None else (layers, *target.native_shape)
     result = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
-    update = _make_update(rule, target, sharding)
     readers = 1 if layers is None else _slots(sharding.mesh)
+    update = _make_update(rule, target, readers, sharding)
     share = math.ceil((layers or 1) / readers)
     for turn in range(share):
-        # Out of range, where the last reader has fewer layers: nothing is read or written.
-        turns = np.array([slot * share + turn for slot in range(readers)], np.int32)
-        present = [int(layer) for layer in turns if layer < (layers or 1)]
-        pieces = _read_pieces(reader, rule, turns, sharding.mesh)
+        # Towards the end the last readers have none left.
+        turns = list(range(turn, layers or 1, share))
+        pieces = _read_pieces(reader, rule, turns, readers, sharding.mesh)
         # The read above overlapped the update before it; a third would only fill the memory.
         result.block_until_ready()
-        result = update(result, pieces, turns)
-        infos = [reader.source.tensors[rule.hf_name(layer)] for layer in present]
-        report(sum(info.nbytes for info in infos))
+        result = update(result, pieces, np.array(turns, np.int32))
+        report(sum(reader.source.tensors[rule.hf_name(layer)].nbytes for layer in turns))
     # Two updates at once may meet in another order in another process and wait for each other.
     return result.block_until_ready()
 
@@ -202,48 +201,58 @@ def _slots(mesh: Mesh) -> int:
     return math.gcd(len(processes), mesh.size)
 
 
-def _make_update(rule: Rule, target: Rule, sharding: NamedSharding) -> Callable:
-    """(parameter, pieces [devices, rows, ...], layers [slots]) -> the parameter with them in it."""
+def _make_update(rule: Rule, target: Rule, slots: int, sharding: NamedSharding) -> Callable:
+    """(parameter, pieces, layers of the first slots) -> the parameter with these layers in it."""
     rows, new_rows = rule.hf_shape[0], target.hf_shape[0] - rule.hf_shape[0]
 
     def update(stack: jax.Array, pieces: jax.Array, layers: jax.Array) -> jax.Array:
-        tensors = pieces.reshape(len(layers), -1, *pieces.shape[2:])[:, :rows]
-        if rule.num_layers is not None:
-            native = jax.vmap(rule.to_native)(tensors).astype(stack.dtype)
-            return stack.at[layers].set(native, mode="drop")
-        tensor = tensors[0]
-        if new_rows:
-            tensor = grow_rows(tensor, new_rows, stack.dtype)
-        return target.to_native(tensor).astype(stack.dtype)
+        if rule.transposed:
+            pieces = pieces.swapaxes(1, 2)
+        tensors = pieces.reshape(slots, -1, *pieces.shape[2:])[:, :rows]
+        if rule.num_layers is None:
+            tensor = grow_rows(tensors[0], new_rows, stack.dtype) if new_rows else tensors[0]
+            return target.to_native(tensor).astype(stack.dtype)
+        native = jax.vmap(rule.to_native)(tensors).astype(stack.dtype)
+        # On a CPU one scatter takes three times as long.
+        for slot in range(len(layers)):
+            stack = jax.lax.dynamic_update_index_in_dim(stack, native[slot], layers[slot], 0)
+        return stack
 
     return jax.jit(update, donate_argnums=0, out_shardings=sharding)
 
 
-def _read_pieces(reader: _Reader, rule: Rule, layers: np.ndarray, mesh: Mesh) -> jax.Array:
-    """The tensors of `layers`, cut into rows over all devices: [devices, rows of a piece, ...]."""
+def _read_pieces(
+    reader: _Reader, rule: Rule, layers: list[int], slots: int, mesh: Mesh
+) -> jax.Array:
+    """Tensors cut into rows over all devices: [devices, rows of a piece, ...].
+
+    `layers` are those of the first of `slots`; the rest is zeros. Where the rule says transposed,
+    the pieces are already, [devices, columns, rows of a piece].
+    """
     devices = list(mesh.devices.flat)
-    pieces = len(devices) // len(layers)
+    pieces = len(devices) // slots
     dtype = reader.wire_dtype(rule)
     total, rest = rule.hf_shape[0], rule.hf_shape[1:]
     rows = _piece_rows(total, math.prod(rest) * dtype.itemsize, pieces, devices)
     local = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
     arrays = []
     for slot, run in _neighbours(local, pieces):
-        layer = int(layers[slot])
         first, last = run[0] % pieces * rows, (run[-1] % pieces + 1) * rows
         start, end = min(first, total), min(last, total)
-        if layer >= (rule.num_layers or 1) or start == end:
+        if slot >= len(layers) or start == end:
             data = np.empty((0, *rest), dtype)
         else:
-            data = reader.read(rule.hf_name(layer), start, end).astype(dtype, copy=False)
+            data = reader.read(rule.hf_name(layers[slot]), start, end).astype(dtype, copy=False)
         for number, device in enumerate(devices[i] for i in run):
             piece = data[number * rows : (number + 1) * rows]
             if len(piece) < rows:
                 fill = np.zeros((rows - len(piece), *rest), dtype)
                 piece = np.concatenate([piece, fill])
+            if rule.transposed:
+                piece = contiguous(piece.T)
             arrays.append(jax.device_put(piece[None], device))
     return jax.make_array_from_single_device_arrays(
-        (len(devices), rows, *rest),
+        (len(devices), *arrays[0].shape[1:]),
         NamedSharding(mesh, PartitionSpec(mesh.axis_names)),
         arrays,
     )
