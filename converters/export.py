@@ -17,6 +17,7 @@ from easylm import storage
 from easylm.converters.llama import Rule, rules
 from easylm.converters.safetensors_io import SafetensorsWriter
 from easylm.converters.tensors import has_nonfinite, refuse
+from easylm.converters.transpose import contiguous
 from easylm.models.llama.config import LlamaConfig
 
 EXPORT_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -130,7 +131,7 @@ def write_model(
             if has_nonfinite(array):
                 bad.append(f"tensor {name} holds values that are not finite in {dtype}")
             if is_writer:
-                writer.write(name, array)
+                writer.write(name, contiguous(array))
             bar.update(array.nbytes)
         refuse(bad, where)
         if is_writer:
