@@ -119,7 +119,9 @@ def _project_kv(proj: Linear, x: jax.Array, replicas: int, shard) -> jax.Array:
     """
     if replicas == 1:
         return proj(x, "bse,ehd->bshd")
-    kernel = shard(jnp.repeat(proj.kernel[...], replicas, axis=1), ("embed", "heads", "head_dim"))
+    # Gathered over tensor, repeated, split by heads: in one move the compiler gathers fsdp too.
+    kernel = jnp.repeat(shard(proj.kernel[...], ("embed", None, None)), replicas, axis=1)
+    kernel = shard(kernel, ("embed", "heads", "head_dim"))
     y = jnp.einsum("bse,ehd->bshd", x, kernel.astype(x.dtype))
     if proj.bias is None:
         return y
