@@ -181,7 +181,7 @@ def _load(
     shape = target.native_shape if layers is None else (layers, *target.native_shape)
     result = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
     readers = 1 if layers is None else _slots(sharding.mesh)
-    update = _make_update(rule, target, readers, sharding)
+    update = make_update(rule, target, readers, sharding)
     share = math.ceil((layers or 1) / readers)
     for turn in range(share):
         # Towards the end the last readers have none left.
@@ -201,13 +201,14 @@ def _slots(mesh: Mesh) -> int:
     return math.gcd(len(processes), mesh.size)
 
 
-def _make_update(rule: Rule, target: Rule, slots: int, sharding: NamedSharding) -> Callable:
+def make_update(rule: Rule, target: Rule, slots: int, sharding: NamedSharding) -> Callable:
     """(parameter, pieces, layers of the first slots) -> the parameter with these layers in it."""
     rows, new_rows = rule.hf_shape[0], target.hf_shape[0] - rule.hf_shape[0]
+    columns_apart = _columns_apart(rule, sharding)
 
     def update(stack: jax.Array, pieces: jax.Array, layers: jax.Array) -> jax.Array:
         if rule.transposed:
-            pieces = pieces.swapaxes(1, 2)
+            pieces = jax.lax.with_sharding_constraint(pieces, columns_apart).swapaxes(1, 2)
         tensors = pieces.reshape(slots, -1, *pieces.shape[2:])[:, :rows]
         if rule.num_layers is None:
             tensor = grow_rows(tensors[0], new_rows, stack.dtype) if new_rows else tensors[0]
@@ -219,6 +220,18 @@ def _make_update(rule: Rule, target: Rule, slots: int, sharding: NamedSharding) 
         return stack
 
     return jax.jit(update, donate_argnums=0, out_shardings=sharding)
+
+
+def _columns_apart(rule: Rule, sharding: NamedSharding) -> NamedSharding:
+    """Of transposed pieces: their columns already lie where the parameter has them.
+
+    Without this step between, XLA may gather the tensors of all slots on every device.
+    """
+    spec = sharding.spec if rule.num_layers is None else sharding.spec[1:]
+    first = (*spec, None)[0]
+    axes = first if isinstance(first, tuple) else (first,)
+    rest = tuple(name for name in sharding.mesh.axis_names if name not in axes)
+    return NamedSharding(sharding.mesh, PartitionSpec(rest, first))
 
 
 def _read_pieces(

@@ -11,8 +11,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from jax.sharding import NamedSharding, PartitionSpec
 
-from easylm.converters.load import load_params
+from easylm.converters.llama import rules
+from easylm.converters.load import load_params, make_update
 from easylm.converters.safetensors_io import SafetensorsSource
 from easylm.errors import InputError
 from easylm.models.llama.sharding import param_shardings
@@ -137,6 +139,25 @@ def test_a_vocabulary_does_not_shrink(tmp_path):
     narrow = config.__class__(**{**vars(config), "vocab_size": 64})
     with pytest.raises(InputError, match="found 67 rows; wanted at most vocab_size = 64"):
         load(save(tmp_path / "hf", model), narrow)
+
+
+@pytest.mark.parametrize("mesh", ["1,8,1", "1,2,4"])
+def test_the_layers_of_several_processes_never_meet_whole_on_a_device(mesh):
+    # As four processes of two devices would compile it.
+    config, params = tiny.native(tiny.hf_llama(num_hidden_layers=4))
+    shardings = param_shardings(config, make_mesh(mesh))
+    for rule in [rule for rule in rules(config) if rule.transposed and rule.num_layers]:
+        stack, sharding = params, shardings
+        for key in rule.path:
+            stack, sharding = stack[key], sharding[key]
+        devices = NamedSharding(sharding.mesh, PartitionSpec(sharding.mesh.axis_names))
+        pieces = (8, rule.hf_shape[1], rule.hf_shape[0] // 2)
+        update = make_update(rule, rule, 4, sharding).lower(
+            jax.ShapeDtypeStruct(stack.shape, np.float32, sharding=sharding),
+            jax.ShapeDtypeStruct(pieces, np.float32, sharding=devices),
+            jax.ShapeDtypeStruct((4,), np.int32),
+        )
+        assert "all-gather(" not in update.compile().as_text(), rule.path
 
 
 @pytest.mark.parametrize("order", ["by process", "interleaved"])
