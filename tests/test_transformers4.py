@@ -1,0 +1,143 @@
+"""What is exported here is the same model to transformers 4.46, in an environment of its own."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from easylm import convert
+from easylm.tokenizer import train_tokenizer
+from tests import tiny
+
+pytestmark = pytest.mark.slow
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+OLD = "transformers==4.46.*"
+TEXTS = ["The quick brown fox jumps over the lazy dog 1234567 times.", "Straße, 你好! 😀"] * 3
+VOCAB_SIZE = 352
+MODELS = {
+    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "linear": {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+        "tie_word_embeddings": True,
+        "head_dim": 6,
+        "attention_bias": True,
+    },
+}
+CONVERSATIONS = [
+    [{"role": "user", "content": "The quick brown fox"}],
+    [
+        {"role": "system", "content": " Be brief. "},
+        {"role": "user", "content": "jumps\n\nover <s> 42"},
+        {"role": "assistant", "content": "the lazy dog </s>"},
+        {"role": "user", "content": "Straße 😀"},
+        {"role": "assistant", "content": "你好"},
+    ],
+    [{"role": "user", "content": ""}, {"role": "assistant", "content": "  two  spaces"}],
+]
+# Runs under both versions: python READER.py FOLDER PROMPTS.npy CONVERSATIONS.json OUTPUT
+READER = """
+import json, sys
+import numpy, torch, transformers
+
+folder, prompts, conversations, output = sys.argv[1:]
+model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+tokens = torch.from_numpy(numpy.load(prompts))
+with torch.no_grad():
+    logits = model(tokens).logits.numpy()
+    greedy = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=24,
+        min_new_tokens=24, pad_token_id=0,
+    ).numpy()
+chats = [
+    tokenizer.apply_chat_template(turns, add_generation_prompt=prompt, return_dict=False)
+    for turns in json.load(open(conversations)) for prompt in (False, True)
+]
+numpy.savez(output, logits=logits, greedy=greedy)
+json.dump({"version": transformers.__version__, "chats": chats}, open(output + ".json", "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def old_python():
+    """Python of an environment with transformers 4.46, kept for later runs."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    folder = ROOT / ".cache" / f"transformers-4.46-python{version}"
+    python, complete = folder / "bin" / "python", folder / "COMPLETE"
+    if complete.exists():
+        return python
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    packages = [OLD, "jinja2>=3.1", "protobuf", "sentencepiece"]
+    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode and "connection" in result.stderr.lower():
+        pytest.skip("pip has no network to install transformers 4.46 with")
+    assert result.returncode == 0, result.stderr
+    # torch, which is large, comes from the running environment, behind the packages above.
+    site_packages = next(folder.glob("lib/python*/site-packages"))
+    (site_packages / "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    complete.touch()
+    return python
+
+
+def read(python, folder, prompts, output):
+    """What a transformers makes of an exported folder."""
+    conversations = output.with_suffix(".conversations")
+    conversations.write_text(json.dumps(CONVERSATIONS))
+    result = subprocess.run(
+        [python, "-c", READER, folder, prompts, conversations, output],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    said = json.loads(output.with_name(output.name + ".json").read_text())
+    return said, np.load(output.with_name(output.name + ".npz"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_versions_read_the_same_model(old_python, tmp_path, name):
+    model = tiny.hf_llama(vocab_size=VOCAB_SIZE, **MODELS[name])
+    model.save_pretrained(tmp_path / "made")
+    train_tokenizer(TEXTS, VOCAB_SIZE - 2, tmp_path / "tokenizer")
+    convert.main(
+        [
+            f"--source={tmp_path / 'made'}",
+            f"--target={tmp_path / 'hf'}",
+            f"--tokenizer={tmp_path / 'tokenizer'}",
+            "--to=hf",
+        ]
+    )
+    prompts = np.random.default_rng(0).integers(3, VOCAB_SIZE, (2, 48))
+    np.save(tmp_path / "prompts.npy", prompts)
+    new, new_arrays = read(
+        sys.executable, tmp_path / "hf", tmp_path / "prompts.npy", tmp_path / "new"
+    )
+    old, old_arrays = read(old_python, tmp_path / "hf", tmp_path / "prompts.npy", tmp_path / "old")
+    assert old["version"].startswith("4.46.")
+    assert new["version"] == transformers.__version__
+    with torch.no_grad():
+        original = model(torch.from_numpy(prompts)).logits.numpy()
+    for arrays in (new_arrays, old_arrays):
+        np.testing.assert_allclose(arrays["logits"], original, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(old_arrays["greedy"], new_arrays["greedy"])
+    assert old["chats"] == new["chats"]
+    assert len({tuple(chat) for chat in new["chats"]}) == 2 * len(CONVERSATIONS)
