@@ -32,9 +32,11 @@ def transformers_446(tmp_path_factory):
     torch and the rest are those of this environment. Skips where no package index answers.
     """
     folder = tmp_path_factory.mktemp("transformers_446")
-    uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", sys.executable]
-    command = [*uv, "--target", str(folder), "transformers==4.46.3"]
-    installed = subprocess.run(command, capture_output=True, text=True)
+    uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--system-certs"]
+    target = ["--python", sys.executable, "--target", str(folder)]
+    installed = subprocess.run(
+        [*uv, *target, "transformers==4.46.3"], capture_output=True, text=True
+    )
     if installed.returncode and "error sending request" in installed.stderr:
         pytest.skip("the package index does not answer")
     assert installed.returncode == 0, installed.stderr
