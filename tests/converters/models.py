@@ -1,5 +1,6 @@
 """The same tiny LLaMA in every format that weights come in."""
 
+import json
 import pathlib
 import shutil
 
@@ -23,6 +24,9 @@ def write_all(folder: pathlib.Path) -> None:
     """Writes hf, hf_bfloat16, hf_bin and streaming_params, the first three with a tokenizer."""
     model = hf_model()
     train_tokenizer(TEXTS, 320, folder / "tokenizer")
+    # A key that this project does not write, to see whether files are kept as they are.
+    config = folder / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"padding_side": "left"}))
     model.save_pretrained(folder / "hf", max_shard_size="60KB")
     (folder / "hf" / "README.md").write_text("# The original\n")
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
