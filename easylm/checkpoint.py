@@ -16,6 +16,7 @@ from easylm import storage
 from easylm.errors import InputError
 
 FORMAT = "easylm-1"
+_BUNDLE_FIELDS = ("model_config", "run_config", "tokenizer")
 
 
 def make_bundle(
@@ -101,9 +102,17 @@ def find_checkpoint(path: str) -> str | None:
     """The step folder that `path` means: itself, or the newest of a checkpoints folder or workdir.
 
     None where there is no complete checkpoint.
+
+    Raises:
+      InputError: `path` itself is what is left of a save that did not finish.
     """
     path = path.rstrip("/")
     if storage.exists(f"{path}/bundle") and storage.exists(f"{path}/params"):
+        if not ocp.utils.is_checkpoint_finalized(_absolute(path)):
+            raise InputError(
+                f"{path}: the save that made this checkpoint did not finish; wanted a complete "
+                "one: name another step, or their folder for the newest complete one"
+            )
         return path
     for folder in (f"{path}/checkpoints", path):
         if storage.is_folder(folder):
@@ -121,9 +130,14 @@ def read_bundle(step_folder: str) -> dict:
     """
     with _damage_named(step_folder, "bundle"):
         bundle = ocp.JsonCheckpointHandler().restore(_absolute(f"{step_folder}/bundle"))
-    if bundle.get("format") != FORMAT:
+    found = bundle.get("format") if isinstance(bundle, dict) else None
+    if found != FORMAT:
+        raise InputError(f"{step_folder}/bundle: format: found {found!r}; wanted {FORMAT!r}")
+    missing = [field for field in _BUNDLE_FIELDS if field not in bundle]
+    if missing:
         raise InputError(
-            f"{step_folder}/bundle: format: found {bundle.get('format')!r}; wanted {FORMAT!r}"
+            f"{step_folder}/bundle: found no {', '.join(missing)}; "
+            f"wanted {', '.join(_BUNDLE_FIELDS)}"
         )
     return bundle
 

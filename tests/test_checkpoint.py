@@ -128,6 +128,8 @@ def test_a_path_may_mean_a_run_its_checkpoints_or_one_of_them(tmp_path):
     for path in (tmp_path, folder, folder / "10"):
         assert find_checkpoint(str(path)) == str(folder / "10")
     assert find_checkpoint(str(folder / "9")) == str(folder / "9")
+    with pytest.raises(InputError, match=r"11\.orbax-checkpoint-tmp-1: the save .* did not finish"):
+        find_checkpoint(str(folder / "11.orbax-checkpoint-tmp-1"))
     assert find_checkpoint(str(tmp_path / "nothing")) is None
 
 
@@ -154,6 +156,20 @@ def test_another_format_is_refused(tmp_path):
     bundle = make_bundle({}, {})
     write_params(str(tmp_path / "x"), {"a": jnp.ones(2)}, {**bundle, "format": "easylm-9"})
     with pytest.raises(InputError, match=r"format: found 'easylm-9'; wanted 'easylm-1'"):
+        read_bundle(str(tmp_path / "x"))
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted_message"),
+    [
+        ("[]", "format: found None; wanted 'easylm-1'"),
+        ('{"format": "easylm-1", "run_config": null}', "found no model_config, tokenizer; wanted"),
+    ],
+)
+def test_a_bundle_without_its_fields_is_refused(tmp_path, content, wanted_message):
+    write_params(str(tmp_path / "x"), {"a": jnp.ones(2)}, make_bundle({}, {}))
+    (tmp_path / "x" / "bundle" / "metadata").write_text(content)
+    with pytest.raises(InputError, match=wanted_message):
         read_bundle(str(tmp_path / "x"))
 
 

@@ -24,7 +24,6 @@ def convert(source, target, to, *options):
     main([f"--source={source}", f"--target={target}", f"--to={to}", *options])
 
 
-
 def test_there_and_back_through_a_bucket(tmp_path, root):
     models.write_all(tmp_path)
     convert(tmp_path / "hf", f"{root}/native", "native")
@@ -66,7 +65,10 @@ def test_the_newest_complete_checkpoint_of_a_bucket_comes_back(root):
         checkpointer.save(step, params, params, make_bundle({"n": step}, {}))
     checkpointer.close()
     # A save that was cut off lacks the mark that is written last.
-    storage.write_bytes(f"{workdir}/checkpoints/11/params/manifest.ocdbt", b"x")
+    for item in ("params", "bundle"):
+        storage.write_bytes(f"{workdir}/checkpoints/11/{item}/metadata", b"x")
+    with pytest.raises(InputError, match=r"11: the save that made this checkpoint did not finish"):
+        find_checkpoint(f"{workdir}/checkpoints/11")
 
     checkpointer = Checkpointer(workdir, keep=2)
     assert checkpointer.latest_step() == 10
