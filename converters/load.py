@@ -28,7 +28,7 @@ from easylm.models.llama.config import LlamaConfig
 
 # A request to a bucket costs some 50 ms however short it is.
 MIN_READ_BYTES = 8 << 20
-_NOT_FINITE = "holds values that are not finite"
+_NOT_FINITE = "holds values that are not finite, or too large for the dtype asked for"
 _NOT_TIED = f"differs from {EMBEDDING}, but config.json says tie_word_embeddings"
 
 
@@ -60,7 +60,7 @@ def load_params(
     if ignored:
         _say(f"ignored {len(ignored)} tensors {ignored[0]}, ...: RoPE follows from the config")
     say_growth(source.folder, own_config.vocab_size, config.vocab_size)
-    reader = _Reader(source, tied=config.tie_word_embeddings)
+    reader = _Reader(source, tied=config.tie_word_embeddings, dtype=jnp.dtype(dtype))
     mesh = jax.tree.leaves(shardings)[0].mesh
     params: dict = {}
     with tqdm(
@@ -122,8 +122,9 @@ def source_config(source: TensorSource, config: LlamaConfig) -> LlamaConfig:
 class _Reader:
     """Reads ranges of rows and remembers which tensors held bad values, to name all at once."""
 
-    def __init__(self, source: TensorSource, tied: bool):
+    def __init__(self, source: TensorSource, tied: bool, dtype: np.dtype):
         self.source = source
+        self._dtype = dtype
         self._tied_head = tied and HEAD in source.tensors
         self._bad: set[tuple[str, str]] = set()
 
@@ -143,7 +144,7 @@ class _Reader:
     def read(self, name: str, start: int, end: int) -> np.ndarray:
         """Rows `[start, end)`."""
         rows = self.source.read(name, start, end)
-        if has_nonfinite(rows):
+        if has_nonfinite(rows, self._dtype):
             self._bad.add((name, _NOT_FINITE))
         if name == EMBEDDING and self._tied_head:
             head = self.source.read(HEAD, start, end)

@@ -82,31 +82,46 @@ def refuse(problems: list[str], where: str) -> None:
     raise InputError(f"{where}: {len(problems)} problems:{shown}{more}")
 
 
-_EXPONENT_BITS = {
-    BFLOAT16: (np.uint16, 0x7F80),
-    np.dtype(np.float16): (np.uint16, 0x7C00),
-    np.dtype(np.float32): (np.uint32, 0x7F800000),
-    np.dtype(np.float64): (np.uint64, 0x7FF0000000000000),
+_FLOAT32 = np.dtype(np.float32)
+_FLOAT64 = np.dtype(np.float64)
+# Bits without the sign from which on a float is an infinity or not a number.
+_NONFINITE = {
+    BFLOAT16: 0x7F80,
+    np.dtype(np.float16): 0x7C00,
+    _FLOAT32: 0x7F800000,
+    _FLOAT64: 0x7FF0000000000000,
+}
+# Bits without the sign from which on (dtype, rounded to dtype) is infinite: half a unit in the
+# last place beyond the largest number.
+_OVERFLOWS = {
+    (_FLOAT32, BFLOAT16): 0x7F7F8000,
+    (_FLOAT64, BFLOAT16): 0x47EFF00000000000,
+    (_FLOAT64, _FLOAT32): 0x47EFFFFFF0000000,
 }
 
 
-def has_nonfinite(array: np.ndarray) -> bool:
+def has_nonfinite(array: np.ndarray, dtype: np.dtype | None = None) -> bool:
     """Whether any element is an infinity or not a number; False for integers and booleans.
 
-    A float is one of these when all bits of its exponent are set, which integer instructions see
-    faster than `np.isfinite` does, for bfloat16 above all. Looks at blocks that stay in the cache,
-    in the order of memory, so a transposed view costs no copy.
+    Integer instructions see it faster than `np.isfinite` does, for bfloat16 above all. Looks at
+    blocks that stay in the cache, in the order of memory, so a transposed view costs no copy.
+
+    Args:
+      array: of any dtype.
+      dtype: whether any element is one when rounded to this float; its own where not given.
     """
-    if array.dtype not in _EXPONENT_BITS:
+    if array.dtype not in _NONFINITE:
         return False
-    unsigned, exponent = _EXPONENT_BITS[array.dtype]
+    unsigned = _UNSIGNED[array.itemsize]
+    limit = _OVERFLOWS.get((array.dtype, dtype), _NONFINITE[array.dtype])
     blocks = np.nditer(
         array.view(unsigned),
         ["external_loop", "buffered", "zerosize_ok"],
         order="K",
         buffersize=1 << 16,
     )
-    return any((block & exponent).max() == exponent for block in blocks if block.size)
+    sign = 1 << (8 * array.itemsize - 1)
+    return any((block & (sign - 1)).max() >= limit for block in blocks if block.size)
 
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}

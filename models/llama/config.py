@@ -82,7 +82,6 @@ class LlamaConfig:
             raise InputError(f"{where}: hidden_act: found {hf['hidden_act']!r}; wanted 'silu'")
         heads = _number(hf, "num_attention_heads", int, where)
         hidden_size = _number(hf, "hidden_size", int, where)
-        eos = hf.get("eos_token_id", 2)
         fields = {
             "vocab_size": _number(hf, "vocab_size", int, where),
             "hidden_size": hidden_size,
@@ -99,9 +98,9 @@ class LlamaConfig:
             "attention_bias": bool(hf.get("attention_bias", False)),
             "mlp_bias": bool(hf.get("mlp_bias", False)),
             "initializer_range": _number(hf, "initializer_range", float, where, 0.02),
-            "bos_token_id": hf.get("bos_token_id", 1),
-            "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
-            "pad_token_id": hf.get("pad_token_id"),
+            "bos_token_id": _token_id(hf, "bos_token_id", where, 1),
+            "eos_token_id": _token_id(hf, "eos_token_id", where, 2),
+            "pad_token_id": _token_id(hf, "pad_token_id", where, None),
         }
         try:
             return cls(**fields)
@@ -162,12 +161,28 @@ def _number(hf: dict, name: str, kind: type, where: str, default: int | float | 
     return kind(value)
 
 
+def _section(hf: dict, name: str, where: str) -> dict:
+    value = hf.get(name) or {}
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: {name}: found {value!r}; wanted an object or null")
+    return value
+
+
+def _token_id(hf: dict, name: str, where: str, default: int | None):
+    """An id, several (as a tuple), or None."""
+    value = hf.get(name, default)
+    ids = value if isinstance(value, list) else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int | None) for i in ids):
+        raise InputError(f"{where}: {name}: found {value!r}; wanted an id, a list of ids, or null")
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _rope_theta(hf: dict, where: str) -> float:
     # transformers 5 moved it into rope_parameters; files of both kinds are about, and some
     # carry both spellings.
     spellings = {
-        float(place["rope_theta"])
-        for place in (hf, hf.get("rope_parameters") or {})
+        _number(place, "rope_theta", float, where)
+        for place in (hf, _section(hf, "rope_parameters", where))
         if place.get("rope_theta") is not None
     }
     if len(spellings) > 1:
@@ -179,7 +194,7 @@ def _rope_theta(hf: dict, where: str) -> float:
 
 
 def _rope_scaling(hf: dict, where: str) -> RopeScaling | None:
-    given = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    given = _section(hf, "rope_scaling", where) or _section(hf, "rope_parameters", where)
     rope_type = given.get("rope_type", given.get("type", "default"))
     if rope_type == "default":
         return None

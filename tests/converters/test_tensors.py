@@ -91,3 +91,23 @@ def test_any_layout_is_copied_into_order(dtype):
         assert (copy.dtype, copy.shape) == (layout.dtype, layout.shape)
         assert copy.tobytes() == layout.tobytes()
     assert contiguous(array) is array
+
+
+def test_values_that_overflow_when_rounded_are_seen():
+    largest = np.float32(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+    bfloat16 = np.dtype(ml_dtypes.bfloat16)
+    for exponent in range(8, 24):  # steps below, at and above half a unit in the last place
+        for value in (largest * np.float32(1 + 2.0**-exponent), largest):
+            if not np.isfinite(value):
+                continue
+            array = np.array([0, -value], np.float32)
+            wanted = bool(np.isinf(array.astype(bfloat16)).any())
+            assert has_nonfinite(array, bfloat16) == wanted, (exponent, value)
+            assert not has_nonfinite(array, np.dtype(np.float32))
+    for dtype in (np.float32, bfloat16):
+        largest = np.float64(ml_dtypes.finfo(dtype).max)
+        for scale in (1.0, 1 + 2.0**-9, 1 + 2.0**-8, 1 + 2.0**-25, 1 + 2.0**-24, 1e3):
+            array = np.array([largest * scale])
+            with np.errstate(over="ignore"):
+                wanted = bool(np.isinf(array.astype(dtype)).any())
+            assert has_nonfinite(array, np.dtype(dtype)) == wanted, (dtype, scale)
