@@ -16,7 +16,6 @@ from easylm import storage
 from easylm.errors import InputError
 
 FORMAT = "easylm-1"
-CHUNK_BYTES = 64 << 20
 _BUNDLE_FIELDS = ("model_config", "run_config", "tokenizer")
 
 
@@ -75,8 +74,8 @@ class Checkpointer:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=_save_arrays(params),
-                opt_state=_save_arrays(opt_state),
+                params=ocp.args.PyTreeSave(params),
+                opt_state=ocp.args.PyTreeSave(opt_state),
                 bundle=ocp.args.JsonSave(bundle),
             ),
         )
@@ -176,7 +175,9 @@ def write_params(target: str, params: dict, bundle: dict) -> None:
     with storage.explained(target), contextlib.closing(checkpointer):
         checkpointer.save(
             _absolute(target),
-            args=ocp.args.Composite(params=_save_arrays(params), bundle=ocp.args.JsonSave(bundle)),
+            args=ocp.args.Composite(
+                params=ocp.args.PyTreeSave(params), bundle=ocp.args.JsonSave(bundle)
+            ),
         )
 
 
@@ -213,13 +214,6 @@ def _arrays() -> ocp.PyTreeCheckpointHandler:
     # Compression takes most of the time of a save and a second copy of the arrays in memory, and
     # weights hardly shrink: their mantissas are noise.
     return ocp.PyTreeCheckpointHandler(use_compression=False)
-
-
-def _save_arrays(tree) -> ocp.args.PyTreeSave:
-    # Whoever restores a share of an array reads whole chunks; a host that saves alone would make
-    # each array one chunk, and every host of a pod would read it all.
-    chunked = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
-    return ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: chunked, tree))
 
 
 def _absolute(path: str) -> epath.Path:

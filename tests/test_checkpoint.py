@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 
 from easylm.checkpoint import (
@@ -203,13 +202,3 @@ def test_a_damaged_checkpoint_is_an_error_or_reads_the_same(tiny, step_folder, t
             refused += 1
             assert str(copy) in str(error)
     assert refused >= 6  # the manifest, the bundle and the data, cut and gone
-
-
-def test_arrays_lie_in_chunks_so_that_a_share_needs_no_whole_array(tiny, tmp_path, monkeypatch):
-    _, params = tiny
-    monkeypatch.setattr("easylm.checkpoint.CHUNK_BYTES", 1 << 12)
-    target = tmp_path / "model"
-    write_params(str(target), jax.tree.map(jnp.asarray, params), make_bundle({}, {}))
-    stored = ocp.PyTreeCheckpointHandler().metadata(target / "params").tree
-    for leaf in jax.tree.leaves(stored):
-        assert np.prod(leaf.storage.chunk_shape) * 4 <= 1 << 12
