@@ -92,6 +92,10 @@ class Checkpointer:
         folder = f"{self._folder}/{step}"
         return _read(folder, "params", params), _read(folder, "opt_state", opt_state)
 
+    def bundle(self, step: int) -> dict:
+        """The bundle of a step; see `read_bundle`."""
+        return read_bundle(f"{self._folder}/{step}")
+
     def close(self) -> None:
         """Waits for saves under way."""
         self._manager.wait_until_finished()

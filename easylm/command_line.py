@@ -1,5 +1,6 @@
 """The command line of the commands that take a config: options, overrides and `--help`."""
 
+import os
 import textwrap
 from collections.abc import Sequence
 from typing import Generic, NamedTuple, NoReturn, TypeVar
@@ -50,7 +51,7 @@ def parse_command_line(
     checked = from_config_dict(config_class, config)
     if not named.workdir:
         raise InputError("--workdir: not given; wanted a folder (local or gs://) for the results")
-    return CommandLine(checked, named.workdir)
+    return CommandLine(checked, os.path.expanduser(named.workdir))
 
 
 def _split(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:

@@ -86,7 +86,11 @@ def _columns(logits: jax.Array) -> jax.Array:
 
 
 def _to_chunks(x: jax.Array, chunk: int) -> jax.Array:
-    """[batch, seq, ...] -> [chunks, batch, chunk, ...], the last chunk filled with zeros."""
+    """[batch, seq, ...] -> [chunks, batch, size, ...] with size <= chunk, zeros at the end.
+
+    As few chunks as `chunk` allows, all of one size, so that little is filled up.
+    """
+    chunk = -(-x.shape[1] // -(-x.shape[1] // chunk))
     padding = [(0, 0)] * x.ndim
     padding[1] = (0, -x.shape[1] % chunk)
     x = jnp.pad(x, padding)

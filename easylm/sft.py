@@ -4,6 +4,8 @@ python -m easylm.sft --config=sft/quickstart --workdir=DIR [--config.FIELD=VALUE
 """
 
 import dataclasses
+import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -27,13 +29,19 @@ if TYPE_CHECKING:
 
     from easylm.converters.weights import Weights
 
-# What may change between two starts of one run without changing what it computes.
+# What may change between two starts of one run: where and in what pieces it computes, and what it
+# leaves behind, not what.
 FREE_FIELDS = (
+    "config.attention",
     "config.checkpoint.",
-    "config.export.",
-    "config.log_every",
     "config.data.show",
     "config.data.workers",
+    "config.export.",
+    "config.log_every",
+    "config.loss_chunk",
+    "config.mesh",
+    "config.micro_batches",
+    "config.remat",
 )
 
 
@@ -41,12 +49,14 @@ def main(argv: Sequence[str]) -> None:
     """Trains, then writes the model as a Hugging Face folder to WORKDIR/hf."""
     config, workdir = parse_command_line(argv, SftConfig, "python -m easylm.sft", __doc__)
     workdir = workdir.rstrip("/")
-    check_workdir(config, workdir)
+    going_on = has_checkpoints(workdir)
+    if going_on:
+        check_same_run(config, workdir)
     # The data comes first: it is what is wrong most often, and is checked in seconds.
     rows = read_rows(config.data.sources, config.data.on_bad_row, config.seed)
     say_rows(rows)
     weights = open_start(config)
-    tokenizer = open_tokenizer(config, workdir, rows, weights)
+    tokenizer = open_tokenizer(config, workdir, rows, weights, going_on)
     model = model_config(config, weights, tokenizer)
     examples, counts = encode_rows(
         tokenizer,
@@ -71,13 +81,14 @@ def train(
 ) -> None:
     """All that needs devices; jax loads here, after everything a user can get wrong."""
     from easylm.checkpoint import make_bundle
-    from easylm.converters.export import export_hf
+    from easylm.models.llama.sharding import check_mesh
     from easylm.sharding import make_mesh, row_groups
     from easylm.tokenizer import tokenizer_files
     from easylm.trainers.fit import fit
     from easylm.trainers.sft import sft_loss
 
     mesh = make_mesh(config.mesh)
+    check_mesh(model, mesh)
     rows = batch_rows(config, examples)
     stream = BatchStream(
         examples,
@@ -97,6 +108,7 @@ def train(
     )
     files = tokenizer_files(tokenizer)
     bundle = make_bundle(model.to_hf(config.param_dtype), files, dataclasses.asdict(config))
+    bundle["data"] = {"examples": examples.fingerprint(), "steps": len(stream)}
     write_json(config, f"{workdir}/config.json")
     params = fit(
         config,
@@ -108,31 +120,45 @@ def train(
         bundle=bundle,
         workdir=workdir,
     )
-    target = f"{workdir}/hf"
-    if storage.exists(target):
-        say(f"{target} is there already")
+    export(config, f"{workdir}/hf", params, model, files, len(stream))
+
+
+def export(config: SftConfig, target: str, params: dict, model: LlamaConfig, files, steps: int):
+    """Writes the trained model as a Hugging Face folder, unless it is there already."""
+    from easylm.converters.export import export_hf
+
+    if storage.exists(f"{target}/{storage.COMPLETE}"):
+        dtype = json.loads(storage.read_bytes(f"{target}/config.json"))["torch_dtype"]
+        say(f"{target} is there already, in {dtype}; easylm.convert writes it in another dtype")
         return
-    export_hf(
-        params,
-        model,
-        target,
-        dtype=config.export.dtype,
-        tokenizer_files=files,
-        model_card=model_card(config, len(stream)),
-    )
+    if storage.exists(target):
+        say(f"{target} was not finished; it is written again")
+        storage.remove_folder(target)
+    card = model_card(config, steps)
+    dtype = config.export.dtype
+    export_hf(params, model, target, dtype=dtype, tokenizer_files=files, model_card=card)
     say(f"exported to {target}")
 
 
-def check_workdir(config: SftConfig, workdir: str) -> None:
-    """Refuses a workdir that holds a run of another config.
+def has_checkpoints(workdir: str) -> bool:
+    """Whether there is a run to go on with.
+
+    Raises:
+      InputError: the workdir is a file.
+    """
+    if storage.exists(workdir) and not storage.is_folder(workdir):
+        raise InputError(f"--workdir: {workdir} is a file; wanted a folder, or a new name for one")
+    folder = f"{workdir}/checkpoints"
+    return storage.is_folder(folder) and any(map(str.isdigit, storage.list_folders(folder)))
+
+
+def check_same_run(config: SftConfig, workdir: str) -> None:
+    """Refuses a workdir that holds checkpoints of another config.
 
     Raises:
       InputError: with the fields that differ.
     """
-    path = f"{workdir}/config.json"
-    if not storage.exists(path):
-        return
-    old = read_json(SftConfig, path)
+    old = read_json(SftConfig, f"{workdir}/config.json")
     changed = difference(dataclasses.asdict(old), dataclasses.asdict(config))
     changed = [line for line in changed if not line.startswith(FREE_FIELDS)]
     if changed:
@@ -148,16 +174,20 @@ def open_start(config: SftConfig) -> "Weights | None":
         return None
     from easylm.converters.weights import open_weights
 
-    weights = open_weights(config.init_from, hf_config=config.model.hf_config)
+    weights = open_weights(os.path.expanduser(config.init_from), hf_config=config.model.hf_config)
     say(f"starting from {config.init_from}: {weights.kind}")
     return weights
 
 
-def open_tokenizer(config: SftConfig, workdir: str, rows: Rows, weights: "Weights | None"):
+def open_tokenizer(
+    config: SftConfig, workdir: str, rows: Rows, weights: "Weights | None", going_on: bool
+) -> "PreTrainedTokenizerFast":
     """The tokenizer of the config, or one trained on the data, or that of the weights."""
     if config.data.tokenizer_vocab_size is not None:
         folder = f"{workdir}/tokenizer"
-        if not storage.exists(folder):
+        if not going_on:  # what an earlier start left there may be of other data
+            if storage.exists(folder):
+                storage.remove_folder(folder)
             texts = (turn["content"] for row in rows.rows for turn in row.messages)
             train_tokenizer(texts, config.data.tokenizer_vocab_size, folder)
         return load_tokenizer(folder, config.data.chat_template)

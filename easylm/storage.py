@@ -70,6 +70,29 @@ def list_files(folder: str) -> dict[str, int]:
     return dict(sorted(files.items()))
 
 
+def list_folders(folder: str) -> list[str]:
+    """The names of the folders directly in `folder`, sorted."""
+    with explained(folder):
+        if is_bucket(folder):
+            entries = _bucket().ls(folder, detail=True)
+            names = [
+                os.path.basename(e["name"].rstrip("/")) for e in entries if e["type"] != "file"
+            ]
+        else:
+            with os.scandir(os.path.expanduser(folder)) as scan:
+                names = [entry.name for entry in scan if entry.is_dir()]
+    return sorted(names)
+
+
+def remove_folder(folder: str) -> None:
+    """Deletes a folder and all that is in it."""
+    with explained(folder):
+        if is_bucket(folder):
+            _bucket().rm(folder, recursive=True)
+        else:
+            shutil.rmtree(os.path.expanduser(folder))
+
+
 def read_bytes(path: str) -> bytes:
     """The whole of a small file."""
     return read_range(path, 0, file_size(path))

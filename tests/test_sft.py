@@ -160,6 +160,59 @@ def test_a_finished_run_does_nothing_again(folder, first_run, capsys):
     assert (first_run / "hf" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_run_goes_on_upon_another_mesh(folder, first_run, tmp_path):
+    workdir = tmp_path / "again"
+    shutil.copytree(first_run, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    shutil.rmtree(workdir / "hf")
+    elsewhere = {"mesh": "2,1,4", "remat": "block_sharded", "micro_batches": 3, "loss_chunk": 9}
+    sft.main(arguments(folder, workdir, {**RANDOM, **elsewhere}))
+    losses = [[line["loss"] for line in metrics(run)] for run in (workdir, first_run)]
+    assert losses[0][:3] == losses[1][:3]
+    assert losses[0][3] == pytest.approx(losses[1][3], rel=2e-6)
+    assert losses[0][4:] == pytest.approx(losses[1][4:], rel=1e-3)
+
+
+def test_going_on_with_other_data_is_refused(folder, first_run, tmp_path):
+    workdir, source = tmp_path / "again", folder / "rows.jsonl"
+    shutil.copytree(first_run, workdir)
+    rows = source.read_text()
+    first, *_, last = rows.splitlines()
+    source.write_text(rows.replace(last, first))
+    try:
+        with pytest.raises(InputError, match=r"checkpoints were trained on other data"):
+            sft.main(arguments(folder, workdir, RANDOM))
+    finally:
+        source.write_text(rows)
+
+
+def test_an_export_that_was_cut_off_is_written_again(folder, first_run, tmp_path, capsys):
+    workdir = tmp_path / "again"
+    shutil.copytree(first_run, workdir)
+    whole = (workdir / "hf" / "model.safetensors").read_bytes()
+    (workdir / "hf" / "COMPLETE").unlink()
+    (workdir / "hf" / "model.safetensors").write_bytes(whole[:1000])
+    sft.main(arguments(folder, workdir, RANDOM))
+    assert "was not finished; it is written again" in capsys.readouterr().err
+    assert (workdir / "hf" / "model.safetensors").read_bytes() == whole
+    assert (workdir / "hf" / "COMPLETE").exists()
+
+
+def test_a_start_that_failed_stands_in_nobodys_way(folder, tmp_path):
+    workdir = tmp_path / "run"
+    with pytest.raises(InputError, match=r"tensor=8"):
+        sft.main(arguments(folder, workdir, {**RANDOM, "mesh": "1,1,8"}))
+    options = {**RANDOM, "data.tokenizer_vocab_size": 330, "steps": 1}
+    sft.main(arguments(folder, workdir, options))
+    assert json.loads((workdir / "hf" / "config.json").read_text())["vocab_size"] == 330
+
+
+def test_batches_may_be_made_by_processes_of_their_own(folder, first_run, tmp_path):
+    sft.main(arguments(folder, tmp_path / "run", {**RANDOM, "data.workers": 1}))
+    losses = [[line["loss"] for line in metrics(run)] for run in (tmp_path / "run", first_run)]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -207,6 +260,12 @@ REFUSALS = {
         r"/no/such/folder",
     ),
     "rows longer than the model": ({**RANDOM, "data.seq_len": 256}, "new", r"data\.seq_len: .*256"),
+    "a new tokenizer for old weights": (
+        {"init_from": "FIRST/hf", "data.tokenizer_vocab_size": 320},
+        "new",
+        r"data\.tokenizer_vocab_size: found 320; wanted none",
+    ),
+    "a file for a workdir": (RANDOM, "first/config.json", r"--workdir: .*config.json is a file"),
     "no such tokenizer": (
         {**RANDOM, "data.tokenizer_vocab_size": "none", "data.tokenizer": "/no/tokenizer"},
         "new",
@@ -223,14 +282,14 @@ REFUSALS = {
 @pytest.mark.parametrize("case", REFUSALS)
 def test_refusals_leave_no_trace(folder, first_run, tmp_path, case):
     options, workdir, message = REFUSALS[case]
-    workdir = first_run if workdir == "first" else tmp_path / workdir
+    workdir = folder / workdir if workdir.startswith("first") else tmp_path / workdir
     options = {
         name: value.replace("FIRST", str(first_run)) if name == "init_from" else value
         for name, value in options.items()
     }
     with pytest.raises(InputError, match=message):
         sft.main(arguments(folder, workdir, options))
-    if workdir != first_run:
+    if workdir.name == "new":
         assert not (workdir / "checkpoints").exists()
         assert not (workdir / "metrics.jsonl").exists()
 

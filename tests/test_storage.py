@@ -253,3 +253,18 @@ def test_a_refusing_bucket_is_explained(faulty_bucket, fault):
         storage.read_into("gs://tests/data.bin", 3, np.empty(9, np.uint8))
     with pytest.raises(InputError, match=r"gs://tests/data.bin: the bucket refused.*credentials"):
         storage.exists("gs://tests/data.bin")
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_folders_are_listed_and_removed(place, tmp_path, bucket_url):
+    root = {"disk": str(tmp_path / "root"), "bucket": f"{bucket_url}/root"}[place]
+    for name in ("b/x", "a/y/z", "c"):
+        if place == "disk":
+            (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        storage.write_bytes(f"{root}/{name}", b"1")
+    assert storage.list_folders(root) == ["a", "b"]
+    storage.remove_folder(f"{root}/a")
+    assert storage.list_folders(root) == ["b"]
+    assert storage.exists(f"{root}/c")
+    with pytest.raises(InputError, match=r"root/nothing"):
+        storage.list_folders(f"{root}/nothing")

@@ -228,6 +228,9 @@ class SftConfig:
             for field, value in given.items():
                 wanted = f"none: {self.init_from} has its own (only init_from=random takes sizes)"
                 _require(False, f"model.{field}", value, wanted)
+            found = self.data.tokenizer_vocab_size
+            wanted = f"none: the ids of a new tokenizer mean nothing to {self.init_from}"
+            _require(found is None, "data.tokenizer_vocab_size", found, wanted)
             return
         for field in ("hf_config", "resize_vocab"):
             found = getattr(self.model, field)

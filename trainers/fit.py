@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from easylm.checkpoint import Checkpointer
 from easylm.data.batches import BatchStream, prefetch
+from easylm.errors import InputError
 from easylm.models.llama.config import LlamaConfig
 from easylm.models.llama.model import abstract_params, graph_definition
 from easylm.models.llama.sharding import execution_on, param_shardings
@@ -53,12 +54,14 @@ def fit(
       stream: the run's batches.
       loss_fn: the objective, see trainers/step.py.
       load_params: makes the parameters to start from; not called where a checkpoint is found.
-      bundle: what makes a checkpoint self-contained; see easylm/checkpoint.py.
+      bundle: what makes a checkpoint self-contained; see easylm/checkpoint.py. Its "data" says what
+        is trained on, and must not change between two starts.
       workdir: of the run.
     Returns:
       The trained parameters, on the mesh.
     Raises:
       FloatingPointError: a loss is not finite.
+      InputError: the checkpoint is damaged, or of other data.
     """
     schedule, optimizer = make_optimizer(config.optimizer, len(stream))
     abstract = abstract_params(model, jnp.dtype(config.param_dtype))
@@ -67,6 +70,7 @@ def fit(
     last_step = checkpointer.latest_step() or 0
     if last_step:
         _say(f"going on after step {last_step} of {len(stream)}")
+        _check_same_data(checkpointer.bundle(last_step), bundle, workdir)
         state = _restore(checkpointer, last_step, abstract, optimizer, shardings)
     else:
         params = load_params(shardings.params, jnp.dtype(config.param_dtype))
@@ -145,6 +149,14 @@ def _compile(config, model, mesh, stream, loss_fn, optimizer, shardings, state):
     compiled = compile_step(step, shardings, mesh).lower(state, batch).compile()
     _say(f"compiled the step in {time.perf_counter() - started:.1f} s")
     return compiled
+
+
+def _check_same_data(stored: dict, bundle: dict, workdir: str) -> None:
+    if stored.get("data") != bundle["data"]:
+        raise InputError(
+            f"{workdir}: its checkpoints were trained on other data: found {bundle['data']}; "
+            f"wanted {stored.get('data')}. Give the files it started with, or use a new folder"
+        )
 
 
 def _restore(checkpointer, step, abstract, optimizer, shardings: TrainState) -> TrainState:

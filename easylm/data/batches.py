@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from absl import flags
 
 from easylm.data.encode import Examples
 from easylm.data.pack import Plan, one_per_row, pack
@@ -162,5 +163,7 @@ def prefetch(
         grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     )
     if workers:
+        # Grain reads absl flags, which this program does not parse.
+        flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(batches)

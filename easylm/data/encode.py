@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,13 @@ class Examples:
         """`(tokens, loss_mask)` of one example: int32 `[len]` and uint8 `[len]`."""
         where = slice(self.offsets[index], self.offsets[index + 1])
         return self.tokens[where], self.loss_mask[where]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of tokens, masks and lengths, in hexadecimal."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.loss_mask, self.offsets):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     @classmethod
     def concatenate(cls, encoded: Sequence[tuple[np.ndarray, np.ndarray]]) -> Examples:
