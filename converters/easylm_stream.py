@@ -85,9 +85,6 @@ class EasyLMSource:
             kernel = halves_from_pairs(kernel, weight.heads)
         return kernel.T[start_row:end_row]
 
-    def close(self) -> None:
-        """Nothing is held open."""
-
 
 def halves_from_pairs(kernel: np.ndarray, heads: int) -> np.ndarray:
     """Reorders columns [in, heads * head_dim] from RoPE's neighbouring pairs to its two halves."""

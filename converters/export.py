@@ -16,8 +16,7 @@ from tqdm import tqdm
 from easylm import storage
 from easylm.converters.llama import Rule, rules
 from easylm.converters.safetensors_io import SafetensorsWriter
-from easylm.converters.tensors import has_nonfinite, refuse
-from easylm.converters.transpose import contiguous
+from easylm.converters.tensors import contiguous, has_nonfinite, refuse
 from easylm.models.llama.config import LlamaConfig
 
 EXPORT_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -78,7 +77,8 @@ def export_leaves(
       progress: whether process 0 shows a bar.
     Raises:
       InputError: the target exists or cannot be written, or parameters are not finite in `dtype`
-        (all are listed). Nothing is left behind then, nor when `get_leaf` raises.
+        (all are listed), which shows only once all are written. The whole folder is removed then,
+        and when `get_leaf` raises.
     """
     to_dtype = EXPORT_DTYPES[dtype]
     write_model(

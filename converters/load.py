@@ -21,8 +21,7 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from easylm.converters.llama import EMBEDDING, HEAD, Rule, check_tensors, rules
-from easylm.converters.tensors import TensorSource, has_nonfinite, refuse
-from easylm.converters.transpose import contiguous
+from easylm.converters.tensors import TensorSource, contiguous, has_nonfinite, refuse
 from easylm.errors import InputError
 from easylm.models.llama.config import LlamaConfig
 

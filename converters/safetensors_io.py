@@ -81,9 +81,6 @@ class SafetensorsSource:
         span = self._spans[name]
         return read_rows(f"{self.folder}/{span.info.where}", span, start_row, end_row)
 
-    def close(self) -> None:
-        """Nothing is held open."""
-
 
 def read_rows(path: str, span: Span, start_row: int, end_row: int | None) -> np.ndarray:
     """Rows of a tensor that lies in one piece, C order and little-endian, in a file."""

@@ -55,9 +55,6 @@ class TensorSource(Protocol):
     def read(self, name: str, start_row: int = 0, end_row: int | None = None) -> np.ndarray:
         """Rows `[start_row, end_row)` of axis 0; all rows by default, and for a scalar."""
 
-    def close(self) -> None:
-        """Lets go of open and temporary files."""
-
 
 def files_and_size(files: int, nbytes: float) -> str:
     """The end of `TensorSource.kind`: "3 files, 13.5 GB"."""

@@ -22,8 +22,9 @@ class TorchBinSource:
     """A Hugging Face folder with `pytorch_model.bin`, or with shards and their index.
 
     A `TensorSource`. Files are mapped into memory, so only what is read is loaded; from gs:// they
-    are first copied to a temporary folder, which `close` deletes. Nothing but tensors is
-    unpickled, so a file cannot run code.
+    are first copied to a temporary folder, and a copy is deleted as soon as it is mapped: its space
+    is given back when the source is dropped, or the process dies. Nothing but tensors is unpickled,
+    so a file cannot run code.
 
     Raises:
       InputError: torch is not installed, a file is missing, damaged or holds more than tensors, or
@@ -40,7 +41,6 @@ class TorchBinSource:
         files = storage.list_files(folder)
         index = None if SINGLE in files else read_index(f"{folder}/{INDEX}")
         shards = [SINGLE] if index is None else sorted(set(index.values()))
-        self._copies = tempfile.TemporaryDirectory() if storage.is_bucket(folder) else None
         self._torch_tensors = {}
         self.tensors: dict[str, TensorInfo] = {}
         problems = []
@@ -56,12 +56,8 @@ class TorchBinSource:
     def _add(self, shard: str) -> list[str]:
         """Maps one file and notes its tensors; returns what is wrong with them."""
         path = f"{self.folder}/{shard}"
-        local = os.path.expanduser(path)
-        if self._copies:
-            local = f"{self._copies.name}/{shard}"
-            storage.copy_to_disk(path, local)
         problems = []
-        for name, tensor in _load(local, path).items():
+        for name, tensor in _map(path).items():
             dtype = _numpy_dtype(tensor)
             if dtype is None:
                 problems.append(
@@ -85,11 +81,15 @@ class TorchBinSource:
             return tensor.view(torch.int16).numpy().view(BFLOAT16)
         return tensor.numpy()
 
-    def close(self) -> None:
-        """Lets go of the mapped files, and deletes the copies of those in a bucket."""
-        self._torch_tensors.clear()
-        if self._copies:
-            self._copies.cleanup()
+
+def _map(path: str) -> dict:
+    """The state dict of one file, wherever it lies."""
+    if not storage.is_bucket(path):
+        return _load(os.path.expanduser(path), path)
+    with tempfile.TemporaryDirectory() as folder:
+        local = f"{folder}/{os.path.basename(path)}"
+        storage.copy_to_disk(path, local)
+        return _load(local, path)
 
 
 def _load(local: str, path: str) -> dict:

@@ -49,7 +49,6 @@ def test_a_hugging_face_folder_is_found(tmp_path, save):
         assert read.config == CONFIG
         assert read.config_path == f"{tmp_path}/model/config.json"
         assert read.folder == f"{tmp_path}/model"
-        read.close()
 
 
 def test_a_folder_in_the_home_or_the_working_folder_is_found(tmp_path, monkeypatch):

@@ -62,7 +62,6 @@ def test_one_file_comes_back(tmp_path):
     read = source(tmp_path)
     assert read.kind.startswith("Hugging Face PyTorch .bin, 1 file, ")
     assert_all_read(read)
-    read.close()
 
 
 def test_shards_come_back(tmp_path):
@@ -72,7 +71,7 @@ def test_shards_come_back(tmp_path):
     assert_all_read(read)
 
 
-def test_a_bucket_is_copied_and_the_copy_deleted(tmp_path, monkeypatch):
+def test_a_bucket_is_copied_and_the_copies_are_gone_once_mapped(tmp_path, monkeypatch):
     save_shards(tmp_path)
     copies = tmp_path / "copies"
     copies.mkdir()
@@ -81,10 +80,12 @@ def test_a_bucket_is_copied_and_the_copy_deleted(tmp_path, monkeypatch):
         for name in storage.list_files(str(tmp_path)):
             storage.write_bytes(f"{url}/model/{name}", (tmp_path / name).read_bytes())
         read = source(f"{url}/model")
+        assert list(copies.iterdir()) == []
         assert_all_read(read)
-        assert len(list(copies.rglob("*.bin"))) == 2
-        read.close()
-    assert list(copies.iterdir()) == []
+        storage.write_bytes(f"{url}/model/pytorch_model-00002-of-00002.bin", b"no weights")
+        with pytest.raises(InputError, match=r"not a file of torch\.save's zip format"):
+            source(f"{url}/model")
+        assert list(copies.iterdir()) == []
 
 
 class Evil:
