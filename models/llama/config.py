@@ -1,6 +1,7 @@
 """The shape of a LLaMA: Hugging Face's field names, read from and written to its config.json."""
 
 import dataclasses
+import sys
 
 from easylm.errors import InputError
 
@@ -80,6 +81,8 @@ class LlamaConfig:
             )
         if hf.get("hidden_act", "silu") != "silu":
             raise InputError(f"{where}: hidden_act: found {hf['hidden_act']!r}; wanted 'silu'")
+        _require_whole_rotary(hf, where)
+        _require_whole_rotary(_section(hf, "rope_parameters", where), f"{where}: rope_parameters")
         heads = _number(hf, "num_attention_heads", int, where)
         hidden_size = _number(hf, "hidden_size", int, where)
         fields = {
@@ -94,9 +97,9 @@ class LlamaConfig:
             "rms_norm_eps": _number(hf, "rms_norm_eps", float, where, 1e-6),
             "rope_theta": _rope_theta(hf, where),
             "rope_scaling": _rope_scaling(hf, where),
-            "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
-            "attention_bias": bool(hf.get("attention_bias", False)),
-            "mlp_bias": bool(hf.get("mlp_bias", False)),
+            "tie_word_embeddings": _switch(hf, "tie_word_embeddings", where),
+            "attention_bias": _switch(hf, "attention_bias", where),
+            "mlp_bias": _switch(hf, "mlp_bias", where),
             "initializer_range": _number(hf, "initializer_range", float, where, 0.02),
             "bos_token_id": _token_id(hf, "bos_token_id", where, 1),
             "eos_token_id": _token_id(hf, "eos_token_id", where, 2),
@@ -156,9 +159,17 @@ def _number(hf: dict, name: str, kind: type, where: str, default: int | float | 
     if value is None:
         value = default
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or value != kind(value) or value <= 0:
+    # Python reads 1e400 as infinity and NaN as it stands; neither converts to an int.
+    if not is_number or not 0 < value <= sys.float_info.max or value != kind(value):
         raise InputError(f"{where}: {name}: found {value!r}; wanted a positive {kind.__name__}")
     return kind(value)
+
+
+def _switch(hf: dict, name: str, where: str) -> bool:
+    value = hf.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"{where}: {name}: found {value!r}; wanted true, false or null")
+    return bool(value)
 
 
 def _section(hf: dict, name: str, where: str) -> dict:
@@ -193,17 +204,39 @@ def _rope_theta(hf: dict, where: str) -> float:
     return spellings.pop() if spellings else 10000.0
 
 
+def _require_whole_rotary(section: dict, where: str) -> None:
+    factor = _number(section, "partial_rotary_factor", float, where, 1.0)
+    if factor != 1:
+        raise InputError(
+            f"{where}: partial_rotary_factor: found {factor}; wanted 1, RoPE on the whole head"
+        )
+
+
 def _rope_scaling(hf: dict, where: str) -> RopeScaling | None:
-    given = _section(hf, "rope_scaling", where) or _section(hf, "rope_parameters", where)
-    rope_type = given.get("rope_type", given.get("type", "default"))
+    # A section that is empty, null or holds theta alone leaves it to the other.
+    said = {
+        name: _scaling_in(section, f"{where}: {name}")
+        for name in ("rope_scaling", "rope_parameters")
+        if {"rope_type", "type", "factor"} & (section := _section(hf, name, where)).keys()
+    }
+    first, *others = said.values() or [None]
+    if others and others != [first]:
+        found = "; ".join(f"{name}: found {scaling or 'default'}" for name, scaling in said.items())
+        raise InputError(f"{where}: {found}; wanted both the same, or one of them")
+    return first
+
+
+def _scaling_in(section: dict, where: str) -> RopeScaling | None:
+    rope_type = section.get("rope_type", section.get("type"))
+    if section.get("type", rope_type) != rope_type:
+        raise InputError(
+            f"{where}: found type {section['type']!r} and rope_type {rope_type!r}; wanted one"
+        )
     if rope_type == "default":
         return None
     if rope_type not in ROPE_TYPES:
-        raise InputError(
-            f"{where}: rope_scaling.rope_type: found {rope_type!r}; wanted one of {ROPE_TYPES}"
-        )
-    at = f"{where}: rope_scaling"
-    values = {name: _number(given, name, float, at) for name in ROPE_FIELDS[rope_type]}
+        raise InputError(f"{where}.rope_type: found {rope_type!r}; wanted one of {ROPE_TYPES}")
+    values = {name: _number(section, name, float, where) for name in ROPE_FIELDS[rope_type]}
     if rope_type == "llama3":
         values["original_max_position_embeddings"] = int(values["original_max_position_embeddings"])
     return RopeScaling(rope_type, **values)
