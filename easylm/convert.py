@@ -16,7 +16,12 @@ from easylm.command import COLUMNS, run_command
 from easylm.converters.weights import Weights, open_weights
 from easylm.errors import InputError
 from easylm.models.llama.config import LlamaConfig
-from easylm.tokenizer import load_tokenizer, tokenizer_files
+from easylm.tokenizer import (
+    load_in_transformers_4,
+    load_tokenizer,
+    load_tokenizer_files,
+    tokenizer_files,
+)
 
 _DESCRIPTION = """\
 Converts a LLaMA's weights. What --source holds is found by looking: a Hugging
@@ -77,13 +82,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=COLUMNS),
     )
     add = parser.add_argument
-    add("--source", metavar="PATH", required=True, help="what to convert")
-    add("--target", metavar="PATH", required=True, help="a new folder, local or gs://")
+    # A shell expands the ~ of `--target ~/x`, but not that of `--target=~/x`.
+    path = {"metavar": "PATH", "type": os.path.expanduser}
+    add("--source", **path, required=True, help="what to convert")
+    add("--target", **path, required=True, help="a new folder, local or gs://")
     add("--to", required=True, choices=("native", "hf"), help="the target's format")
     add("--dtype", choices=("float32", "bfloat16"), help="of the target; the source's by default")
     add(
         "--hf_config",
-        metavar="PATH",
+        **path,
         default="",
         help="config.json of the model, or its folder, for weights that come without one",
     )
@@ -94,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--tokenizer",
-        metavar="PATH",
+        **path,
         default="",
         help="folder, file or hub name of the target's tokenizer; the source's by default",
     )
@@ -124,7 +131,9 @@ def _place(path: str) -> str:
 
 
 def tokenizer_to_go_with(weights: Weights, path: str, to: str) -> tuple[dict[str, bytes], int]:
-    """The target's tokenizer files and how many ids they have; the source's stay as they are.
+    """The target's tokenizer files and how many ids they have.
+
+    The source's stay as they are, unless a Hugging Face target's would not load in transformers 4.
 
     Args:
       weights: the source.
@@ -137,10 +146,13 @@ def tokenizer_to_go_with(weights: Weights, path: str, to: str) -> tuple[dict[str
     if not weights.tokenizer_files:
         say(f"{weights.where}: no tokenizer beside the weights; --tokenizer=PATH adds one")
         return {}, 0
-    tokenizer = weights.tokenizer()
-    if to == "native" and "tokenizer.json" not in weights.tokenizer_files:
+    files, tokenizer = weights.tokenizer_files, weights.tokenizer()
+    if to == "native" and "tokenizer.json" not in files:
         return tokenizer_files(tokenizer), len(tokenizer)
-    return weights.tokenizer_files, len(tokenizer)
+    if to == "hf" and not load_in_transformers_4(files):
+        say(f"{weights.where}: tokenizer files rewritten, for transformers 4 could not read them")
+        files = tokenizer_files(load_tokenizer_files(files, weights.where))
+    return files, len(tokenizer)
 
 
 def fitted(config: LlamaConfig, ids: int, resize: bool, where: str) -> LlamaConfig:

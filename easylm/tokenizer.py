@@ -42,6 +42,17 @@ _FILES = (
     "merges.txt",
     "added_tokens.json",
 )
+# What LLaMA-like models name in tokenizer_config.json. transformers 5 also writes names that 4 does
+# not know, TokenizersBackend foremost.
+_CLASSES_OF_4 = (
+    "LlamaTokenizer",
+    "LlamaTokenizerFast",
+    "CodeLlamaTokenizer",
+    "CodeLlamaTokenizerFast",
+    "GPT2Tokenizer",
+    "GPT2TokenizerFast",
+    "PreTrainedTokenizerFast",
+)
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -82,7 +93,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerFast, chat_template: str, wh
     """Gives a tokenizer the chat template to train with; see `load_tokenizer`.
 
     Raises:
-        InputError: there is no such template; `where` names the tokenizer in the message.
+        InputError: there is no such template, or it is none; `where` names the tokenizer in the
+            message.
     """
     if chat_template == "tulu":
         tokenizer.chat_template = TULU
@@ -91,9 +103,35 @@ def set_chat_template(tokenizer: PreTrainedTokenizerFast, chat_template: str, wh
             raise InputError(
                 f"chat_template: found {chat_template!r}; wanted 'tulu', 'own' or a jinja file"
             )
-        tokenizer.chat_template = storage.read_bytes(chat_template).decode()
+        try:
+            tokenizer.chat_template = storage.read_bytes(chat_template).decode()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{chat_template}: not UTF-8 text; wanted a jinja template ({error})"
+            ) from None
+        _require_jinja(tokenizer.chat_template, chat_template)
     elif tokenizer.chat_template is None:
         raise InputError(f"{where}: the tokenizer has no chat template; use chat_template='tulu'")
+    else:
+        try:
+            own = tokenizer.get_chat_template()
+        except ValueError as error:  # several, none of them the default
+            raise InputError(f"{where}: {error}") from None
+        _require_jinja(own, f"own template of {where}")
+
+
+def _require_jinja(template: str, where: str) -> None:
+    """Compiles a chat template, with the tags that transformers adds, and renders nothing."""
+    import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        render_jinja_template(conversations=[], chat_template=template)
+    except jinja2.TemplateSyntaxError as error:
+        raise InputError(
+            f"{where}, line {error.lineno}: not a jinja template: {error.message}; correct it, or "
+            "use chat_template='tulu'"
+        ) from None
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:
@@ -129,6 +167,23 @@ def tokenizer_files_in(folder: str) -> dict[str, bytes]:
     files = {name: storage.read_bytes(f"{folder}/{name}") for name in _FILES if name in present}
     whole = files.keys() & {"tokenizer.json", "tokenizer.model", "vocab.json"}
     return files if whole else {}
+
+
+def load_in_transformers_4(files: dict[str, bytes]) -> bool:
+    """Whether transformers 4 makes of these files the tokenizer that transformers 5 does.
+
+    Not if their class came with 5, nor if they hold the chat template in a file of its own or the
+    extra special tokens as a list, where 4 does not look or fails.
+
+    Args:
+        files: file name to content, of a tokenizer that `load_tokenizer_files` takes.
+    """
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    # Without a class, the model's type decides.
+    known = config.get("tokenizer_class") in (None, *_CLASSES_OF_4)
+    template = files.get("chat_template.jinja")
+    inside = template is None or config.get("chat_template") == template.decode()
+    return known and inside and not isinstance(config.get("extra_special_tokens"), list)
 
 
 def load_tokenizer_files(

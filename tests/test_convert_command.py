@@ -167,6 +167,58 @@ def test_a_larger_tokenizer_gets_mean_rows(sources, tmp_path, convert, name, to)
         torch.testing.assert_close(rows[models.VOCAB_SIZE :], mean, rtol=0, atol=1e-6)
 
 
+def test_a_tilde_is_the_home_folder_in_every_path(sources, tmp_path, convert, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path.parent)
+    (tmp_path / "hf").mkdir()
+    for file in ("config.json", *TOKENIZER_FILES):
+        shutil.copy(sources / "hf" / file, tmp_path / "hf")
+    shutil.copy(sources / "streaming_params", tmp_path)
+    options = ("--hf_config=~/hf/config.json", "--tokenizer=~/hf")
+    for to in ("native", "hf"):
+        code, said = convert(*command("~/streaming_params", f"~/to_{to}", to, *options))
+        assert code == 0, said
+        assert "wrote " + str(tmp_path / f"to_{to}") in said
+        assert (tmp_path / f"to_{to}").is_dir()
+    assert not (tmp_path.parent / "~").exists()
+    assert convert(*command("~/to_native", "~/again", "hf"))[0] == 0
+    assert tensors(tmp_path / "again") == tensors(sources / "hf")
+
+
+def with_a_tokenizer_of_transformers_5(sources, folder, *, chat_template="{{ 'mine' }}"):
+    """A copy of sources/hf whose tokenizer files are as transformers 5 saves them."""
+    shutil.copytree(sources / "hf", folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = chat_template
+    for file in TOKENIZER_FILES:
+        (folder / file).unlink()
+    tokenizer.save_pretrained(folder)
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == (
+        "TokenizersBackend"
+    )
+    assert (folder / "chat_template.jinja").exists() == (chat_template is not None)
+
+
+@pytest.mark.parametrize("chat_template", ["{{ 'mine' }}", None])
+def test_tokenizer_files_of_transformers_5_are_rewritten_for_4(
+    sources, tmp_path, convert, chat_template
+):
+    source = tmp_path / "source"
+    with_a_tokenizer_of_transformers_5(sources, source, chat_template=chat_template)
+    assert convert(*command(source, tmp_path / "native", "native"))[0] == 0
+    for start, out in ((source, tmp_path / "out"), (tmp_path / "native", tmp_path / "back")):
+        code, said = convert(*command(start, out, "hf"))
+        assert code == 0, said
+        assert said.count("tokenizer files rewritten") == 1
+        config = json.loads((out / "tokenizer_config.json").read_text())
+        assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert config.get("chat_template") == chat_template
+        assert not (out / "chat_template.jinja").exists()
+        text = "The quick</s> Straße 42"
+        ids = [transformers.AutoTokenizer.from_pretrained(f)(text).input_ids for f in (source, out)]
+        assert ids[0] == ids[1]
+
+
 # Wrong calls. Each gets the folder of all sources, a copy of hf to damage and a target, and gives
 # the arguments and what the one message must say.
 

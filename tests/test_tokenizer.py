@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from easylm.chat import TULU
 from easylm.errors import InputError
 from easylm.tokenizer import (
+    load_in_transformers_4,
     load_tokenizer,
     load_tokenizer_files,
     tokenizer_files,
@@ -149,6 +150,22 @@ def test_files_without_tokenizer_json(tmp_path):
     assert again("ab ab").input_ids == [4, 5]
 
 
+def test_what_transformers_4_would_not_read_is_told_apart(trained):
+    files = tokenizer_files(load_tokenizer(trained))
+    config = json.loads(files["tokenizer_config.json"])
+
+    def told(others=(), **changes):
+        content = json.dumps({**config, **changes}).encode()
+        return load_in_transformers_4({**files, "tokenizer_config.json": content, **dict(others)})
+
+    assert told() and told(tokenizer_class="LlamaTokenizer") and told(tokenizer_class=None)
+    assert load_in_transformers_4({"tokenizer.model": b"any"})
+    assert not told(tokenizer_class="TokenizersBackend")
+    assert not told(extra_special_tokens=["<a>"]) and told(extra_special_tokens={"a_token": "<a>"})
+    assert told({"chat_template.jinja": TULU.encode()})
+    assert not told({"chat_template.jinja": b"{{ 'other' }}"})
+
+
 def test_chat_template_choice(trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     config = json.loads((trained / "tokenizer_config.json").read_text())
@@ -161,6 +178,33 @@ def test_chat_template_choice(trained, tmp_path):
     assert load_tokenizer(tmp_path, tmp_path / "mine.jinja").chat_template == "{{ 'mine' }}"
     with pytest.raises(InputError, match="found 'chatml'; wanted 'tulu', 'own' or a jinja file"):
         load_tokenizer(tmp_path, "chatml")
+
+
+def test_a_broken_chat_template_is_blamed_where_it_lies(trained, tmp_path):
+    binary, broken = tmp_path / "binary.jinja", tmp_path / "broken.jinja"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=rf"^{binary}: not UTF-8 text; wanted a jinja template"):
+        load_tokenizer(trained, binary)
+    broken.write_text("{{ bos_token }}\n{% for message in messages %}\n{{ message['content' }}\n")
+    with pytest.raises(InputError, match=rf"^{broken}, line 3: not a jinja template: "):
+        load_tokenizer(trained, broken)
+    # Tags of transformers' own are no errors.
+    broken.write_text("{% generation %}{{ messages[0]['content'] }}{% endgeneration %}")
+    assert load_tokenizer(trained, broken).chat_template == broken.read_text()
+
+    own = tmp_path / "own"
+    shutil.copytree(trained, own)
+    config = json.loads((own / "tokenizer_config.json").read_text())
+    (own / "tokenizer_config.json").write_text(
+        json.dumps({**config, "chat_template": "\n{% if %}"})
+    )
+    assert load_tokenizer(own).chat_template == TULU
+    with pytest.raises(InputError, match=rf"^own template of {own}, line 2: not a jinja template"):
+        load_tokenizer(own, "own")
+    several = [{"name": name, "template": f"{{{{ '{name}' }}}}"} for name in ("rag", "tool_use")]
+    (own / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": several}))
+    with pytest.raises(InputError, match=rf"^{own}: .*no default.*\['rag', 'tool_use'\]"):
+        load_tokenizer(own, "own")
 
 
 def unigram(folder):

@@ -141,3 +141,22 @@ def test_both_versions_read_the_same_model(old_python, tmp_path, name):
     np.testing.assert_array_equal(old_arrays["greedy"], new_arrays["greedy"])
     assert old["chats"] == new["chats"]
     assert len({tuple(chat) for chat in new["chats"]}) == 2 * len(CONVERSATIONS)
+
+
+def test_a_source_saved_by_transformers_5_is_read_by_4(old_python, tmp_path):
+    source = tmp_path / "made"
+    tiny.hf_llama(vocab_size=VOCAB_SIZE).save_pretrained(source)
+    train_tokenizer(TEXTS, VOCAB_SIZE - 2, tmp_path / "tokenizer")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["fox", "dog"]})
+    tokenizer.save_pretrained(source)
+    saved = json.loads((source / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "TokenizersBackend" and "chat_template" not in saved
+    assert saved["extra_special_tokens"] == ["fox", "dog"]
+    convert.main([f"--source={source}", f"--target={tmp_path / 'hf'}", "--to=hf"])
+    np.save(tmp_path / "prompts.npy", np.arange(96).reshape(2, 48) + 3)
+    original, _ = read(sys.executable, source, tmp_path / "prompts.npy", tmp_path / "original")
+    for python, name in ((sys.executable, "new"), (old_python, "old")):
+        found, _ = read(python, tmp_path / "hf", tmp_path / "prompts.npy", tmp_path / name)
+        assert found["chats"] == original["chats"]
+        assert found["version"].startswith("4.46.") == (name == "old")
