@@ -1,5 +1,6 @@
 """Conversions and checkpoints in a bucket, as on a disk."""
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +53,27 @@ def test_a_refused_conversion_leaves_nothing_in_the_bucket(tmp_path, root):
         with pytest.raises(InputError, match=f"{name} holds values that are not finite"):
             convert(tmp_path / "hf", f"{root}/{to}", to)
         assert not storage.exists(f"{root}/{to}")
+
+
+def test_a_native_checkpoint_without_its_mark_is_refused(tmp_path, root):
+    models.write_all(tmp_path)
+    convert(tmp_path / "hf", f"{root}/native", "native")
+    assert find_checkpoint(f"{root}/native") == f"{root}/native"
+    fsspec.filesystem("gs").rm(f"{root}/native/commit_success.txt")
+    with pytest.raises(InputError, match=r"native: the save .* did not finish"):
+        convert(f"{root}/native", tmp_path / "out", "hf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_left_of_weights_copied_from_a_bucket(tmp_path, root, monkeypatch):
+    models.write_all(tmp_path)
+    for name in storage.list_files(str(tmp_path / "hf_bin")):
+        storage.write_bytes(f"{root}/bin/{name}", (tmp_path / "hf_bin" / name).read_bytes())
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    for to in ("hf", "native"):  # each reads by a way of its own
+        convert(f"{root}/bin", tmp_path / f"to_{to}", to)
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_the_newest_complete_checkpoint_of_a_bucket_comes_back(root):
