@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from easylm import storage
-from easylm.chat import TULU
 from easylm.converters import safetensors_io, torch_bin
 from easylm.converters.easylm_stream import EasyLMSource
 from easylm.converters.sources import open_source
@@ -55,7 +54,7 @@ class Weights:
     export: Callable[[LlamaConfig, str, str, dict[str, bytes], str], None]
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer that came with it, with its own chat template or, for want of one, Tülu's.
+        """The tokenizer that came with it, as it came: with a chat template only if it has one.
 
         Raises:
           InputError: none came, or it is none that this project can read.
@@ -67,11 +66,8 @@ class Weights:
                 "tokenizer.model); name one with data.tokenizer"
             )
         if "tokenizer.json" not in files and "tokenizer.model" in files:
-            return load_tokenizer(f"{self.where}/tokenizer.model")
-        tokenizer = load_tokenizer_files(files, self.where)
-        if tokenizer.chat_template is None:
-            tokenizer.chat_template = TULU
-        return tokenizer
+            return load_tokenizer(f"{self.where}/tokenizer.model", chat_template=None)
+        return load_tokenizer_files(files, self.where)
 
 
 def open_weights(path: str, *, hf_config: str = "", unpermuted: bool = False) -> Weights:

@@ -265,6 +265,11 @@ REFUSALS = {
         "new",
         r"data\.tokenizer_vocab_size: found 320; wanted none",
     ),
+    "no template of its own": (
+        {"init_from": "BASE", "data.chat_template": "own"},
+        "new",
+        r"the tokenizer has no chat template; use chat_template='tulu'",
+    ),
     "a file for a workdir": (RANDOM, "first/config.json", r"--workdir: .*config.json is a file"),
     "no such tokenizer": (
         {**RANDOM, "data.tokenizer_vocab_size": "none", "data.tokenizer": "/no/tokenizer"},
@@ -283,10 +288,12 @@ REFUSALS = {
 def test_refusals_leave_no_trace(folder, first_run, tmp_path, case):
     options, workdir, message = REFUSALS[case]
     workdir = folder / workdir if workdir.startswith("first") else tmp_path / workdir
-    options = {
-        name: value.replace("FIRST", str(first_run)) if name == "init_from" else value
-        for name, value in options.items()
-    }
+    if options["init_from"] == "BASE":  # a base model, whose tokenizer has no chat template
+        shutil.copytree(first_run / "hf", tmp_path / "base")
+        file = tmp_path / "base" / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": None}))
+        options = {**options, "init_from": str(tmp_path / "base")}
+    options = {**options, "init_from": options["init_from"].replace("FIRST", str(first_run))}
     with pytest.raises(InputError, match=message):
         sft.main(arguments(folder, workdir, options))
     if workdir.name == "new":
