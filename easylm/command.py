@@ -28,6 +28,11 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     sys.exit(code or 0)
 
 
+def say(text: str) -> None:
+    """A line for the person at the terminal, on stderr, at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def format_error(error: InputError) -> str:
     """The message behind "error: ", wrapped at 80 columns; its own line breaks are kept.
 

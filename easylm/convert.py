@@ -6,13 +6,12 @@ python -m easylm.convert --source=PATH --target=PATH --to=native|hf
 import argparse
 import dataclasses
 import os
-import sys
 import time
 from collections.abc import Sequence
 from typing import NoReturn
 
 from easylm import storage
-from easylm.command import COLUMNS, run_command
+from easylm.command import COLUMNS, run_command, say
 from easylm.converters.weights import Weights, open_weights
 from easylm.errors import InputError
 from easylm.models.llama.config import LlamaConfig
@@ -205,11 +204,6 @@ def size_of(config: LlamaConfig, dtype: str) -> str:
 
     arrays = jax.tree.leaves(abstract_params(config, dtype))
     return f"{tqdm.format_sizeof(sum(x.size * x.dtype.itemsize for x in arrays))}B"
-
-
-def say(text: str) -> None:
-    """One line on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from easylm import storage
-from easylm.command import run_command
+from easylm.command import run_command, say
 from easylm.command_line import parse_command_line
 from easylm.config import difference, read_json, write_json
 from easylm.data.batches import BatchStream
@@ -271,10 +271,6 @@ def say_rows(rows: Rows) -> None:
         say(f"{count:,} rows of {source}")
     for reason, count in rows.skipped.items():
         say(f"{count:,} rows skipped: {reason}")
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

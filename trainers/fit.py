@@ -1,6 +1,5 @@
 """A run: model, objective and data brought together on the devices, from start or checkpoint."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -10,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from easylm.checkpoint import Checkpointer
+from easylm.command import say
 from easylm.data.batches import BatchStream, prefetch
 from easylm.errors import InputError
 from easylm.models.llama.config import LlamaConfig
@@ -69,7 +69,7 @@ def fit(
     checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
     last_step = checkpointer.latest_step() or 0
     if last_step:
-        _say(f"going on after step {last_step} of {len(stream)}")
+        say(f"going on after step {last_step} of {len(stream)}")
         _check_same_data(checkpointer.bundle(last_step), bundle, workdir)
         state = _restore(checkpointer, last_step, abstract, optimizer, shardings)
     else:
@@ -124,10 +124,6 @@ def make_optimizer(
     return schedule, optimizer
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _compile(config, model, mesh, stream, loss_fn, optimizer, shardings, state):
     """The run's step, compiled before the clock of the first step starts."""
     execution = execution_on(
@@ -147,7 +143,7 @@ def _compile(config, model, mesh, stream, loss_fn, optimizer, shardings, state):
     started = time.perf_counter()
     batch = abstract_batch(stream.rows_per_batch, stream.seq_len)
     compiled = compile_step(step, shardings, mesh).lower(state, batch).compile()
-    _say(f"compiled the step in {time.perf_counter() - started:.1f} s")
+    say(f"compiled the step in {time.perf_counter() - started:.1f} s")
     return compiled
 
 
