@@ -102,7 +102,7 @@ def read_config(path: str) -> dict:
     """A config.json as it stands. Raises InputError where it is missing or no JSON object."""
     try:
         config = json.loads(storage.read_bytes(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise InputError(f"{path}: found a {type(config).__name__}; wanted a JSON object")

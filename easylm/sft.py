@@ -52,6 +52,11 @@ def main(argv: Sequence[str]) -> None:
     going_on = has_checkpoints(workdir)
     if going_on:
         check_same_run(config, workdir)
+    elif storage.exists(f"{workdir}/hf"):
+        raise InputError(
+            f"{workdir}/hf: found a model, but {workdir}/checkpoints has none of the run that made "
+            "it; wanted a new folder for this run, or that model moved away"
+        )
     # The data comes first: it is what is wrong most often, and is checked in seconds.
     rows = read_rows(config.data.sources, config.data.on_bad_row, config.seed)
     say_rows(rows)

@@ -198,6 +198,23 @@ def test_an_export_that_was_cut_off_is_written_again(folder, first_run, tmp_path
     assert (workdir / "hf" / "COMPLETE").exists()
 
 
+def test_an_export_of_a_run_that_is_gone_is_not_taken_for_the_new_one(folder, first_run, tmp_path):
+    workdir = tmp_path / "again"
+    shutil.copytree(first_run, workdir)
+    shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(InputError, match=r"again/hf: found a model, but .* has none of the run"):
+        sft.main(arguments(folder, workdir, {**RANDOM, "seed": 7}))
+    assert (workdir / "hf" / "COMPLETE").exists()
+
+
+@pytest.mark.parametrize("line", ['{"messages": ' + "9" * 6000 + "}", "[" * 100 + "{"])
+def test_json_beyond_the_limits_is_a_bad_row(folder, tmp_path, line):
+    path = tmp_path / "odd.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n")
+    with pytest.raises(InputError, match=r"odd.jsonl:2: line: .*one JSON object a line"):
+        sft.main(arguments(folder, tmp_path / "run", {**RANDOM, "data.sources": str(path)}))
+
+
 def test_a_start_that_failed_stands_in_nobodys_way(folder, tmp_path):
     workdir = tmp_path / "run"
     with pytest.raises(InputError, match=r"tensor=8"):

@@ -209,6 +209,8 @@ def _read_line(line: bytes, path: str, number: int) -> tuple[str, Any, Problem |
         return where, None, Problem("broken JSON", "line", found, "one JSON object a line")
     except _DuplicateKeyError as error:
         return where, None, _duplicate_key(error)
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
+        return where, None, Problem("broken JSON", "line", str(error), "one JSON object a line")
 
 
 def _read_array(content: bytes, path: str, line: int) -> Iterator[tuple[str, Any, Problem | None]]:
