@@ -118,9 +118,9 @@ def loss_figure(columns: dict[str, np.ndarray], title: str) -> Figure:
 
 def _draw_losses(axes: Axes, columns: dict[str, np.ndarray], marker: str) -> None:
     steps, losses = _finite(columns, "loss")
-    averages = smooth(losses)
     axes.plot(steps, losses, color=BLUE, lw=0.8, alpha=0.3, marker=marker, label="loss of a step")
     if len(steps):
+        averages = smooth(losses)
         label = f"smoothed, {averages[-1]:.4g} at the end"
         axes.plot(steps, averages, color=BLUE, lw=1.8, label=label)
     eval_steps, eval_losses = _finite(columns, "eval/loss")
