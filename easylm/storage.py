@@ -168,6 +168,25 @@ def copy_to_disk(path: str, local: str) -> None:
         _bucket().get_file(path, local)
 
 
+def checksum(path: str) -> str:
+    """What the bucket keeps of an object's content: its size, CRC-32C and, where known, MD5."""
+    with explained(path):
+        about = _bucket().info(path)
+    kept = {name: about.get(name) for name in ("size", "crc32c", "md5Hash")}
+    return " ".join(f"{name}={value}" for name, value in kept.items() if value is not None)
+
+
+def open_to_read(path: str) -> BinaryIO:
+    """Opens a file for bytes at any place; one in a bucket is read ahead in blocks.
+
+    Wrap what reads from it in `explained`.
+    """
+    with explained(path):
+        if is_bucket(path):
+            return _bucket().open(path, "rb")
+        return open(os.path.expanduser(path), "rb")
+
+
 def open_to_write(path: str) -> BinaryIO:
     """Opens a new file for bytes; one in a bucket appears when it is closed.
 
