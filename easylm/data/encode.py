@@ -6,10 +6,9 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from easylm.chat import encode_conversations
 from easylm.data.sources import Row
@@ -17,9 +16,6 @@ from easylm.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-# Enough for the tokenizer's threads, few enough for the progress bar to move.
-_ROWS_PER_CALL = 512
 
 
 @dataclass(frozen=True)
@@ -30,11 +26,13 @@ class Examples:
         tokens: int32 `[total]`.
         loss_mask: uint8 `[total]`, 1 on tokens the model is trained to produce.
         offsets: int64 `[examples + 1]`; example i is `tokens[offsets[i]:offsets[i + 1]]`.
+        known_fingerprint: what `fingerprint` gives, where it was computed when they were stored.
     """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
     offsets: np.ndarray
+    known_fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -50,7 +48,9 @@ class Examples:
         return self.tokens[where], self.loss_mask[where]
 
     def fingerprint(self) -> str:
-        """SHA-256 of tokens, masks and lengths, in hexadecimal."""
+        """A hash of tokens, masks and lengths, in hexadecimal."""
+        if self.known_fingerprint is not None:
+            return self.known_fingerprint
         digest = hashlib.sha256()
         for array in (self.tokens, self.loss_mask, self.offsets):
             digest.update(np.ascontiguousarray(array).data)
@@ -68,6 +68,114 @@ class Examples:
             np.concatenate([mask for _, mask in encoded] or empty).astype(np.uint8),
             offsets,
         )
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a conversation becomes an example.
+
+    Attributes:
+        seq_len: the most tokens an example may have.
+        too_long: `truncate` keeps the first `seq_len` tokens, and drops the example if no target is
+            among them; `drop`; or `error`.
+        eos_newline, special_tokens: as in `easylm.chat.encode_conversations`.
+    """
+
+    seq_len: int
+    too_long: str = "truncate"
+    eos_newline: str = "keep"
+    special_tokens: str = "text"
+
+    def __post_init__(self):
+        if self.too_long not in ("truncate", "drop", "error"):
+            raise InputError(
+                f"data.too_long: found {self.too_long!r}; wanted 'truncate', 'drop' or 'error'"
+            )
+
+
+class Encoded(NamedTuple):
+    """What became of some rows.
+
+    Attributes:
+        examples: in the order of the rows.
+        row_lengths: int32 `[rows]`, tokens of every row before any was cut or dropped.
+        truncated: how many of them were cut to `seq_len`.
+        dropped: rows left out, by reason.
+    """
+
+    examples: Examples
+    row_lengths: np.ndarray
+    truncated: int
+    dropped: Counter[str]
+
+
+def encode_part(
+    tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], policy: Policy, vocab_size: int
+) -> Encoded:
+    """Encodes some rows for training.
+
+    Args:
+        tokenizer: with the chat template to train on.
+        rows: valid conversations.
+        policy: what is done with them.
+        vocab_size: the number of ids the model has.
+
+    Raises:
+        InputError: an id is not below `vocab_size`, an example is too long under `error`, or the
+            chat template refuses a conversation; the message names the row.
+    """
+    encoded, lengths = [], []
+    dropped: Counter[str] = Counter()
+    truncated = 0
+    for row, (tokens, mask) in zip(rows, _encode(tokenizer, rows, policy), strict=True):
+        _require_in_vocabulary(tokens, vocab_size, tokenizer, row.where)
+        lengths.append(len(tokens))
+        long = len(tokens) > policy.seq_len
+        if long and policy.too_long == "error":
+            raise InputError(
+                f"{row.where}: {len(tokens):,} tokens; wanted at most "
+                f"data.seq_len={policy.seq_len:,}. Raise it, or set data.too_long=truncate or drop"
+            )
+        if long and policy.too_long == "drop":
+            dropped["too long"] += 1
+            continue
+        tokens, mask = tokens[: policy.seq_len], mask[: policy.seq_len]
+        if not mask[1:].any():
+            dropped["no target left after truncation" if long else "no target"] += 1
+            continue
+        truncated += long
+        encoded.append((tokens, mask))
+    examples = Examples.concatenate(encoded)
+    return Encoded(examples, np.array(lengths, np.int32), truncated, dropped)
+
+
+def _encode(tokenizer, rows: Sequence[Row], policy: Policy) -> list[tuple[np.ndarray, np.ndarray]]:
+    options = {"eos_newline": policy.eos_newline, "special_tokens": policy.special_tokens}
+    try:
+        return encode_conversations(tokenizer, [row.messages for row in rows], **options)
+    except InputError:
+        # Find the row, to name it.
+        for row in rows:
+            try:
+                encode_conversations(tokenizer, [row.messages], **options)
+            except InputError as error:
+                raise InputError(f"{row.where}: {error}") from error
+        raise
+
+
+def _require_in_vocabulary(tokens: np.ndarray, vocab_size: int, tokenizer, where: str) -> None:
+    largest = int(tokens.max(initial=0))
+    if largest >= vocab_size:
+        raise outside_vocabulary(largest, vocab_size, tokenizer, where)
+
+
+def outside_vocabulary(token: int, vocab_size: int, tokenizer, where: str) -> InputError:
+    """The error for an id that the model does not have."""
+    return InputError(
+        f"{where}: token {tokenizer.convert_ids_to_tokens(token)!r} has id {token:,}: the "
+        f"tokenizer has {len(tokenizer):,} ids, the model vocab_size={vocab_size:,}. Use the "
+        f"model's own tokenizer, or resize the model's vocabulary"
+    )
 
 
 @dataclass(frozen=True)
@@ -132,63 +240,13 @@ def encode_rows(
         InputError: an id is not below `vocab_size`, an example is too long under `error`, the chat
             template refuses a conversation, or no example is left.
     """
-    if too_long not in ("truncate", "drop", "error"):
-        raise InputError(f"data.too_long: found {too_long!r}; wanted 'truncate', 'drop' or 'error'")
-    encoded = []
-    dropped: Counter[str] = Counter()
-    truncated = 0
-    with tqdm(total=len(rows), desc="encode", unit=" rows", disable=not progress) as bar:
-        for start in range(0, len(rows), _ROWS_PER_CALL):
-            batch = rows[start : start + _ROWS_PER_CALL]
-            for row, (tokens, mask) in zip(batch, _encode(tokenizer, batch), strict=True):
-                _require_in_vocabulary(tokens, vocab_size, tokenizer, row.where)
-                long = len(tokens) > seq_len
-                if long and too_long == "error":
-                    raise InputError(
-                        f"{row.where}: {len(tokens):,} tokens; wanted at most "
-                        f"data.seq_len={seq_len:,}. Raise it, or set data.too_long=truncate or drop"
-                    )
-                if long and too_long == "drop":
-                    dropped["too long"] += 1
-                    continue
-                tokens, mask = tokens[:seq_len], mask[:seq_len]
-                if not mask[1:].any():
-                    dropped["no target left after truncation" if long else "no target"] += 1
-                    continue
-                truncated += long
-                encoded.append((tokens, mask))
-            bar.update(len(batch))
-    if not encoded:
+    part = encode_part(tokenizer, rows, Policy(seq_len, too_long), vocab_size)
+    if not len(part.examples):
         raise InputError(
             f"no example is left of {len(rows):,} rows at data.seq_len={seq_len:,}: "
-            + ", ".join(f"{count:,} {why}" for why, count in dropped.items())
+            + ", ".join(f"{count:,} {why}" for why, count in part.dropped.items())
         )
-    examples = Examples.concatenate(encoded)
-    return examples, _report(examples, len(rows), truncated, dropped)
-
-
-def _encode(tokenizer, rows: Sequence[Row]) -> list[tuple[np.ndarray, np.ndarray]]:
-    try:
-        return encode_conversations(tokenizer, [row.messages for row in rows])
-    except InputError:
-        # Find the row, to name it.
-        for row in rows:
-            try:
-                encode_conversations(tokenizer, [row.messages])
-            except InputError as error:
-                raise InputError(f"{row.where}: {error}") from error
-        raise
-
-
-def _require_in_vocabulary(tokens: np.ndarray, vocab_size: int, tokenizer, where: str) -> None:
-    largest = tokens.max(initial=0)
-    if largest >= vocab_size:
-        token = tokenizer.convert_ids_to_tokens(int(largest))
-        raise InputError(
-            f"{where}: token {token!r} has id {largest:,}: the tokenizer has {len(tokenizer):,} "
-            f"ids, the model vocab_size={vocab_size:,}. Use the model's own tokenizer, or resize "
-            f"the model's vocabulary"
-        )
+    return part.examples, _report(part.examples, len(rows), part.truncated, part.dropped)
 
 
 def _report(examples: Examples, rows: int, truncated: int, dropped: Counter[str]) -> EncodeReport:

@@ -1,0 +1,294 @@
+"""Prepared data: rows encoded once, kept under a key of all that decides what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from easylm.data import store
+from easylm.data.encode import Examples, Policy, outside_vocabulary
+from easylm.data.parallel import encode_in_parts
+from easylm.data.sources import Rows, Source, digest, parse_sources, read_rows
+from easylm.errors import InputError
+from easylm.tokenizer import tokenizer_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# To be raised when the same rows and tokenizer give other arrays than before.
+_VERSION = 1
+
+
+class SourceRows:
+    """The rows of some sources, known by content and read only if somebody needs them.
+
+    Attributes:
+        digests: each source with the SHA-256 of its content.
+        key: names the rows: contents, amounts, `on_bad_row`, and the seed where it chooses rows.
+    """
+
+    def __init__(self, sources: str, on_bad_row: str, seed: int):
+        self._sources, self.on_bad_row, self.seed = sources, on_bad_row, seed
+        self.digests = _digests(sources)
+        self.key = store.content_key(
+            {
+                "version": _VERSION,
+                "sources": [[sha256, source.amount] for source, sha256 in self.digests],
+                "on_bad_row": on_bad_row,
+                "seed": seed
+                if any(source.amount is not None for source, _ in self.digests)
+                else None,
+            }
+        )
+        self._rows: Rows | None = None
+
+    def read(self) -> Rows:
+        """Reads and checks the rows, once.
+
+        Raises:
+            InputError: as `easylm.data.sources.read_rows`, or a source changes meanwhile.
+        """
+        if self._rows is None:
+            rows = read_rows(self._sources, self.on_bad_row, self.seed)
+            # What is kept under the key must be what the key was made of.
+            if _digests(self._sources) != self.digests:
+                raise InputError(
+                    f"data.sources: {self._sources!r} changed while it was read; start again when "
+                    "it is finished"
+                )
+            self._rows = rows
+        return self._rows
+
+
+def _digests(sources: str) -> list[tuple[Source, str]]:
+    return [(source, digest(source)) for source in parse_sources(sources)]
+
+
+def _text(source):
+    return source.path if source.amount is None else f"{source.path}@{source.amount}"
+
+
+def open_rows(sources: str, *, on_bad_row: str, seed: int, cache: str) -> SourceRows:
+    """Looks up rows by content, and reads and checks them where they were never prepared.
+
+    Args:
+        sources: as in `easylm.data.sources.parse_sources`.
+        on_bad_row: `refuse` or `skip`.
+        seed: chooses the rows where a source gives an amount.
+        cache: the folder of prepared data, local or gs://.
+
+    Raises:
+        InputError: as `SourceRows.read`.
+    """
+    rows = SourceRows(sources, on_bad_row, seed)
+    if not store.holds_any(cache, rows.key):
+        rows.read()
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What was prepared, from what, and what became of every row.
+
+    Attributes:
+        sources: for each source, by its text, the `sha256` of its content and the `rows` taken.
+        skipped: bad rows left out, by reason.
+        rows: valid rows.
+        kept: examples made of them.
+        truncated: examples among `kept` cut to `seq_len`.
+        dropped: rows left out while encoding, by reason.
+        tokens: tokens of the examples.
+        target_tokens: those the model is trained to produce. The first token of an example is
+            never one: nothing comes before it.
+        length_mean: mean tokens of an example; the other lengths are quartiles and extremes.
+        largest_token: the largest id.
+        tokenizer, chat_template: SHA-256 of the tokenizer's files, and of the template alone.
+        on_bad_row, seed, seq_len, too_long, eos_newline, special_tokens: the options; the seed
+            decides nothing but which rows are taken where a source gives an amount.
+    """
+
+    sources: dict[str, dict[str, Any]]
+    skipped: dict[str, int]
+    rows: int
+    kept: int
+    truncated: int
+    dropped: dict[str, int]
+    tokens: int
+    target_tokens: int
+    length_mean: float
+    length_min: int
+    length_q25: int
+    length_median: int
+    length_q75: int
+    length_max: int
+    largest_token: int
+    tokenizer: str
+    chat_template: str
+    on_bad_row: str
+    seed: int
+    seq_len: int
+    too_long: str
+    eos_newline: str
+    special_tokens: str
+
+    def __str__(self) -> str:
+        lines = [f"{entry['rows']:,} rows of {text}" for text, entry in self.sources.items()]
+        lines += [f"{count:,} rows skipped: {reason}" for reason, count in self.skipped.items()]
+        dropped = "".join(f", {count:,} dropped ({why})" for why, count in self.dropped.items())
+        lines += [
+            f"{self.rows:,} rows: {self.kept:,} examples, {self.truncated:,} of them truncated"
+            f"{dropped}; {self.tokens:,} tokens, {self.target_tokens:,} trained",
+            f"tokens of an example: mean {self.length_mean:,.0f}, quartiles {self.length_q25:,} "
+            f"{self.length_median:,} {self.length_q75:,}, max {self.length_max:,}",
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data ready to be packed.
+
+    Attributes:
+        examples: memory-mapped.
+        row_lengths: int32 `[rows]`, tokens of every row before any was cut or dropped.
+        manifest: what they are.
+        folder: where they are on this machine.
+        reused: whether they had been prepared before.
+    """
+
+    examples: Examples
+    row_lengths: np.ndarray
+    manifest: Manifest
+    folder: str
+    reused: bool
+
+
+def prepare(
+    rows: SourceRows,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    cache: str,
+    seq_len: int,
+    vocab_size: int,
+    too_long: str,
+    eos_newline: str,
+    special_tokens: str,
+    processes: int | None,
+    progress: bool = True,
+) -> Prepared:
+    """Encodes rows, or opens what an earlier run made of the same rows in the same way.
+
+    Args:
+        rows: of `open_rows`.
+        tokenizer: with the chat template to train on.
+        cache: the folder of prepared data, local or gs://; see easylm/data/store.py.
+        seq_len, too_long, eos_newline, special_tokens: as in `easylm.data.encode.Policy`.
+        vocab_size: the number of ids the model has.
+        processes: how many encode; None: one per core.
+        progress: whether to show progress bars on stderr.
+
+    Raises:
+        InputError: as `SourceRows.read` and `easylm.data.encode.encode_rows`, or no example is
+            left.
+    """
+    policy = Policy(seq_len, too_long, eos_newline, special_tokens)
+    hashes = _tokenizer_hashes(tokenizer)
+
+    def fill(writer: store.ArrayWriter) -> Mapping[str, Any]:
+        parts = encode_in_parts(
+            tokenizer,
+            rows.read().rows,
+            policy,
+            vocab_size,
+            processes=processes,
+            progress=progress,
+        )
+        counts = _write_examples(writer, parts, len(rows.read().rows), seq_len)
+        return dataclasses.asdict(
+            Manifest(
+                sources=_describe_sources(rows),
+                skipped=dict(rows.read().skipped),
+                on_bad_row=rows.on_bad_row,
+                seed=rows.seed,
+                **counts,
+                **hashes,
+                **dataclasses.asdict(policy),
+            )
+        )
+
+    name = f"{rows.key}/{store.content_key({**hashes, **dataclasses.asdict(policy)})}"
+    stored = store.open_or_make(cache, name, fill, progress)
+    manifest = Manifest(**stored.manifest)
+    if manifest.largest_token >= vocab_size:
+        where = f"data.sources: {', '.join(manifest.sources)}"
+        raise outside_vocabulary(manifest.largest_token, vocab_size, tokenizer, where)
+    arrays = dict(stored.arrays)
+    row_lengths = arrays.pop("row_lengths")
+    examples = Examples(**arrays, known_fingerprint=stored.fingerprint)
+    return Prepared(examples, row_lengths, manifest, stored.folder, stored.reused)
+
+
+def _tokenizer_hashes(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    files = hashlib.sha256()
+    for name, content in sorted(tokenizer_files(tokenizer).items()):
+        files.update(name.encode() + hashlib.sha256(content).digest())
+    template = str(tokenizer.chat_template).encode()  # text, or named texts
+    return {
+        "tokenizer": files.hexdigest(),
+        "chat_template": hashlib.sha256(template).hexdigest(),
+    }
+
+
+def _describe_sources(rows: SourceRows) -> dict[str, dict[str, Any]]:
+    counts = rows.read().counts
+    return {
+        _text(source): {"sha256": sha256, "rows": counts[_text(source)]}
+        for source, sha256 in rows.digests
+    }
+
+
+def _write_examples(writer: store.ArrayWriter, parts, rows: int, seq_len: int) -> dict[str, Any]:
+    """Writes the arrays of a `Prepared`; returns the counts of a `Manifest`."""
+    lengths = []
+    dropped: Counter[str] = Counter()
+    truncated = target_tokens = largest = 0
+    for part in parts:
+        examples = part.examples
+        writer.append(
+            tokens=examples.tokens, loss_mask=examples.loss_mask, row_lengths=part.row_lengths
+        )
+        lengths.append(examples.lengths)
+        dropped += part.dropped
+        truncated += part.truncated
+        mask = examples.loss_mask
+        target_tokens += int(mask.sum(dtype=np.int64) - mask[examples.offsets[:-1]].sum())
+        largest = max(largest, int(examples.tokens.max(initial=0)))
+    of_all = np.concatenate(lengths)
+    if not len(of_all):
+        raise InputError(
+            f"no example is left of {rows:,} rows at data.seq_len={seq_len:,}: "
+            + ", ".join(f"{count:,} {why}" for why, count in dropped.items())
+        )
+    writer.append(offsets=np.concatenate([[0], np.cumsum(of_all)]).astype(np.int64))
+    low, q25, median, q75, high = np.quantile(of_all, [0, 0.25, 0.5, 0.75, 1])
+    return {
+        "rows": rows,
+        "kept": len(of_all),
+        "truncated": truncated,
+        "dropped": dict(dropped),
+        "tokens": int(of_all.sum()),
+        "target_tokens": target_tokens,
+        "length_mean": float(of_all.mean()),
+        "length_min": int(low),
+        "length_q25": int(q25),
+        "length_median": int(median),
+        "length_q75": int(q75),
+        "length_max": int(high),
+        "largest_token": largest,
+    }
