@@ -7,6 +7,7 @@ from outside, as the functions of `Execution`.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,11 @@ class Execution:
     vocab_multiple: int = 1
 
 
+# (q, k, v of one layer, after RoPE) -> (their attention, what the caller keeps of the layer:
+# nothing in training, keys and values when more tokens are to follow).
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
 class Linear(nnx.Module):
     """y = x W + b over the named axes; W is stored float and cast to the compute dtype."""
 
@@ -101,15 +107,16 @@ class Attention(nnx.Module):
         self.v_proj = linear(embed, kv_heads)
         self.o_proj = linear(q_heads, embed)
 
-    def __call__(self, x, cos, sin, positions, segment_ids):
+    def __call__(self, x, cos, sin, attend: Attend):
+        """The output, and what `attend` keeps of this layer; see `Attend`."""
         shard, replicas = self.execution.shard, self.execution.kv_replicas
         q = self.q_proj(x, "bse,ehd->bshd")
         k = _project_kv(self.k_proj, x, replicas, shard)
         v = _project_kv(self.v_proj, x, replicas, shard)
         q, k, v = (shard(y, ("batch", "seq", "heads", "head_dim")) for y in (q, k, v))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        out = self.execution.attention(q, k, v, positions=positions, segment_ids=segment_ids)
-        return self.o_proj(out, "bshd,hde->bse")
+        out, kept = attend(q, k, v)
+        return self.o_proj(out, "bshd,hde->bse"), kept
 
 
 def _project_kv(proj: Linear, x: jax.Array, replicas: int, shard) -> jax.Array:
@@ -157,11 +164,13 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = MLP(config, execution, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, cos, sin, positions, segment_ids):
+    def __call__(self, x, cos, sin, attend: Attend):
+        """The next residual, and what `attend` keeps of this layer; see `Attend`."""
         residual = ("batch", "residual_seq", None)
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, positions, segment_ids)
+        attended, kept = self.self_attn(self.input_layernorm(x), cos, sin, attend)
         x = self.execution.shard(x + attended, residual)
-        return self.execution.shard(x + self.mlp(self.post_attention_layernorm(x)), residual)
+        x = self.execution.shard(x + self.mlp(self.post_attention_layernorm(x)), residual)
+        return x, kept
 
 
 class Embedding(nnx.Module):
@@ -217,32 +226,42 @@ class Llama(nnx.Module):
         Returns:
           [batch, seq, vocab] in the logits dtype.
         """
-        hidden = self.hidden_states(tokens, positions, segment_ids)
-        logits = jnp.einsum(
-            "bse,ev->bsv", hidden, self.head(), preferred_element_type=self.execution.logits_dtype
-        )
-        return logits[..., : self.config.vocab_size]
+        return self.logits(self.hidden_states(tokens, positions, segment_ids))
 
     def hidden_states(self, tokens, positions, segment_ids) -> jax.Array:
         """Final, normed states [batch, seq, embed] in the compute dtype; arguments as above."""
         execution = self.execution
-        # Rows are looked up on every device, so they stay whole and only the columns are split.
-        # Cast after the look-up: its gradient sums many rows, which takes float32.
-        table = execution.shard(self.embed_tokens.embedding[...], (None, "table_embed"))
-        x = execution.shard(table[tokens], ("batch", "seq", "table_embed"))
-        x = execution.shard(x.astype(execution.compute_dtype), ("batch", "residual_seq", None))
         cos, sin = rope_angles(self.config, positions)
         block, stacked = nnx.split(self.layers)
 
+        def attend(q, k, v):
+            out = execution.attention(q, k, v, positions=positions, segment_ids=segment_ids)
+            return out, None
+
         def step(x, layer):
-            return nnx.merge(block, layer)(x, cos, sin, positions, segment_ids), None
+            return nnx.merge(block, layer)(x, cos, sin, attend)
 
         if execution.remat != "none":
             # Inside a scan nothing can be merged across iterations, so CSE needs no barrier.
             policy = REMAT_POLICIES[execution.remat]
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-        x, _ = jax.lax.scan(step, x, stacked)
+        x, _ = jax.lax.scan(step, self.embed(tokens), stacked)
         return execution.shard(self.norm(x), ("batch", "seq", None))
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """The rows [batch, seq, embed] of the token table, in the compute dtype."""
+        shard, dtype = self.execution.shard, self.execution.compute_dtype
+        # Rows are looked up on every device, so they stay whole and only the columns are split.
+        # Cast after the look-up: its gradient sums many rows, which takes float32.
+        table = shard(self.embed_tokens.embedding[...], (None, "table_embed"))
+        x = shard(table[tokens], ("batch", "seq", "table_embed"))
+        return shard(x.astype(dtype), ("batch", "residual_seq", None))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[batch, seq, vocab] in the logits dtype, of hidden states [batch, seq, embed]."""
+        dtype = self.execution.logits_dtype
+        logits = jnp.einsum("bse,ev->bsv", hidden, self.head(), preferred_element_type=dtype)
+        return logits[..., : self.config.vocab_size]
 
     def head(self) -> jax.Array:
         """The output matrix [embed, padded vocab] in the compute dtype.
@@ -274,6 +293,11 @@ def init_params(config: LlamaConfig, key: jax.Array, dtype: DTypeLike = jnp.floa
 def abstract_params(config: LlamaConfig, dtype: DTypeLike = jnp.float32) -> dict:
     """The tree of `init_params` as jax.ShapeDtypeStruct; nothing is allocated."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
+
+
+def count_parameters(config: LlamaConfig) -> int:
+    """The number of parameters of a model."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
 
 
 def graph_definition(config: LlamaConfig, execution: Execution = Execution()) -> nnx.GraphDef:
