@@ -1,35 +1,16 @@
-"""AdamW, its learning-rate schedule and gradient clipping, with the arithmetic of torch."""
+"""The update rules: AdamW and clipping with the arithmetic of torch, Adafactor and Lion by optax.
 
-import math
+The state of every rule is float32 whatever the dtype of the parameters, `mu_dtype` apart.
+"""
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 # Whether weight decay applies, by the last name of a parameter's path. The number of axes does not
 # tell: the norms of stacked layers are [layers, embed].
 _DECAYED = {"kernel": True, "embedding": True, "scale": False, "bias": False}
-
-
-def warmup_steps(ratio: float, total_steps: int) -> int:
-    """Steps of warm-up for a share of all steps, rounded up, as the Hugging Face Trainer does."""
-    return math.ceil(ratio * total_steps)
-
-
-def linear_schedule(peak: float, warmup: int, total_steps: int) -> optax.Schedule:
-    """Learning rate of step i, counted from 0: up from 0 to `peak`, then down to 0.
-
-    peak * i / warmup for i < warmup, so the first step changes nothing where there is a warm-up;
-    then peak * (total_steps - i) / (total_steps - warmup), as transformers'
-    get_linear_schedule_with_warmup.
-    """
-    if warmup == 0:
-        return optax.linear_schedule(peak, 0.0, total_steps)
-    rise = optax.linear_schedule(0.0, peak, warmup)
-    if warmup == total_steps:
-        return rise
-    fall = optax.linear_schedule(peak, 0.0, total_steps - warmup)
-    return optax.join_schedules([rise, fall], [warmup])
 
 
 def decay_mask(params: dict) -> dict:
@@ -59,6 +40,7 @@ def adamw(
     eps: float,
     weight_decay: float,
     clip_norm: float | None,
+    mu_dtype: DTypeLike = jnp.float32,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101, alg. 2) on clipped gradients.
 
@@ -72,8 +54,66 @@ def adamw(
       eps: added to the root of the mean of squares.
       weight_decay: of the parameters that `decay_mask` selects.
       clip_norm: largest global norm of the gradients, or None.
+      mu_dtype: of the mean of gradients.
     """
-    optimizer = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask)
-    if clip_norm is None:
-        return optimizer
-    return optax.chain(clip_by_global_norm(clip_norm), optimizer)
+    rule = optax.adamw(
+        learning_rate, b1, b2, eps, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=decay_mask
+    )
+    return _clipped(rule, clip_norm)
+
+
+def lion(
+    learning_rate: optax.Schedule,
+    *,
+    b1: float,
+    b2: float,
+    weight_decay: float,
+    clip_norm: float | None,
+    mu_dtype: DTypeLike = jnp.float32,
+) -> optax.GradientTransformation:
+    """Lion (Chen et al. 2023, arXiv:2302.06675, alg. 2) on clipped gradients; arguments as adamw's.
+
+    Its updates are signs: it wants a learning rate 3 to 10 times smaller than AdamW.
+    """
+    rule = optax.lion(
+        learning_rate, b1, b2, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=decay_mask
+    )
+    return _clipped(rule, clip_norm)
+
+
+def adafactor(
+    learning_rate: optax.Schedule, *, weight_decay: float, clip_norm: float | None
+) -> optax.GradientTransformation:
+    """Adafactor without momentum (Shazeer and Stern 2018, arXiv:1804.04235, alg. 4).
+
+    The rate of a parameter is learning rate * max(its root mean square, 1e-3), and its update is
+    clipped to a root mean square of 1. Squares are factored over the two largest axes where both
+    have 128 or more. The layers of a model are stacked in one array, so these root mean squares
+    are of all layers together. Decay is decoupled: learning rate * weight_decay * parameter.
+    """
+    rule = optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
+        optax.add_decayed_weights(weight_decay, decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return _clipped(rule, clip_norm)
+
+
+def _clipped(rule: optax.GradientTransformation, clip_norm: float | None):
+    """`rule` on clipped gradients, in float32 whatever the dtype of parameters and gradients."""
+    if clip_norm is not None:
+        rule = optax.chain(clip_by_global_norm(clip_norm), rule)
+
+    def init(params):
+        return rule.init(_float32(params))
+
+    def update(gradients, state, params):
+        return rule.update(_float32(gradients), state, _float32(params))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _float32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
