@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from absl import flags
 
 from easylm.data.encode import Examples
 from easylm.data.pack import Plan, one_per_row, pack
+from easylm.data.weights import token_weights
 
 Batch = dict[str, np.ndarray]
 
 
-def build_rows(examples: Examples, rows: Sequence[Iterable[int]], seq_len: int) -> Batch:
+def build_rows(
+    examples: Examples,
+    rows: Sequence[Iterable[int]],
+    seq_len: int,
+    weights: Sequence[Iterable[float]] | None = None,
+) -> Batch:
     """Lays examples out in rows.
 
     Args:
@@ -21,11 +27,12 @@ def build_rows(examples: Examples, rows: Sequence[Iterable[int]], seq_len: int) 
         rows: for each row the ids of its examples, whose lengths sum to at most `seq_len`; a row
             without ids is all padding.
         seq_len: tokens of a row.
+        weights: for each row what a trained token of each of its examples weighs; 1 by default.
 
     Returns:
         Arrays `[rows, seq_len]`: int32 `tokens`, `targets` (the token after each one in its
         segment, else 0), `segment_ids` (1, 2, ... in a row; 0 is padding) and `positions` (from 0
-        in each segment; 0 in padding), float32 `loss_weights` (1 where the target is trained).
+        in each segment; 0 in padding), float32 `loss_weights` (0 where the target is not trained).
     """
     shape = (len(rows), seq_len)
     batch = {
@@ -33,9 +40,10 @@ def build_rows(examples: Examples, rows: Sequence[Iterable[int]], seq_len: int) 
         for name in ("tokens", "targets", "segment_ids", "positions")
     }
     batch["loss_weights"] = np.zeros(shape, np.float32)
-    for row, ids in enumerate(rows):
+    weights = [itertools.repeat(1.0)] * len(rows) if weights is None else weights
+    for row, (ids, row_weights) in enumerate(zip(rows, weights, strict=True)):
         start = 0
-        for segment, example in enumerate(ids, 1):
+        for segment, (example, weight) in enumerate(zip(ids, row_weights, strict=False), 1):
             tokens, mask = examples.example(example)
             end = start + len(tokens)
             if end > seq_len:
@@ -45,7 +53,7 @@ def build_rows(examples: Examples, rows: Sequence[Iterable[int]], seq_len: int) 
             batch["positions"][row, start:end] = np.arange(len(tokens))
             # The last token of a segment has no target: the next one belongs to another example.
             batch["targets"][row, start : end - 1] = tokens[1:]
-            batch["loss_weights"][row, start : end - 1] = mask[1:]
+            batch["loss_weights"][row, start : end - 1] = mask[1:] * np.float32(weight)
             start = end
     return batch
 
@@ -62,6 +70,7 @@ class BatchStream:
         batch_rows: rows of a batch.
         seed: with the epoch, decides order and packing.
         packing: whether examples share rows.
+        loss_weighting, loss_group: what a trained token weighs; see easylm/data/weights.py.
         epochs: how often every example is seen; or
         steps: how many batches there are.
         row_multiple: the arrays have the next multiple of it as rows, more than `batch_rows` where
@@ -76,6 +85,8 @@ class BatchStream:
         batch_rows: int,
         seed: int,
         packing: bool = False,
+        loss_weighting: str = "token",
+        loss_group: int = 32,
         epochs: int | None = None,
         steps: int | None = None,
         row_multiple: int = 1,
@@ -84,9 +95,10 @@ class BatchStream:
             raise ValueError(f"epochs={epochs} and steps={steps}: wanted one of them")
         self._examples = examples
         self.seq_len = seq_len
-        self._batch_rows = batch_rows
+        self.batch_rows = batch_rows
         self.rows_per_batch = -(-batch_rows // row_multiple) * row_multiple
         plans: list[Plan] = []
+        weights: list[np.ndarray] = []
         rows = 0
         while len(plans) < epochs if steps is None else rows < steps * batch_rows:
             epoch = len(plans)
@@ -96,7 +108,10 @@ class BatchStream:
                 else one_per_row(len(examples), seed, epoch)
             )
             rows += len(plans[-1])
+            of_example = token_weights(examples, loss_weighting, loss_group, seed, epoch)
+            weights.append(of_example[plans[-1].ids])
         self._plan = Plan.concatenate(plans)
+        self._weights = np.concatenate(weights)
         self._epoch_ends = np.cumsum([len(plan) for plan in plans])
         self._steps = -(-rows // batch_rows) if steps is None else steps
 
@@ -118,20 +133,27 @@ class BatchStream:
         Returns:
             Arrays `[rows, seq_len]` as in `build_rows`.
         """
-        return build_rows(self._examples, self.plan_rows(step)[rows], self.seq_len)
+        ids, weights = (
+            self._by_row(values, step)[rows] for values in (self._plan.ids, self._weights)
+        )
+        return build_rows(self._examples, ids, self.seq_len, weights)
 
     def plan_rows(self, step: int) -> list[np.ndarray]:
         """The example ids of every row of batch `step`, from 0; empty for rows of padding."""
+        return self._by_row(self._plan.ids, step)
+
+    def _by_row(self, values: np.ndarray, step: int) -> list[np.ndarray]:
+        """The part of `values`, which are in the order of the plan, of each row of a batch."""
         if not 0 <= step < self._steps:
             raise IndexError(f"step {step} of {self._steps}")
-        first = step * self._batch_rows
-        last = min(first + self._batch_rows, len(self._plan))
-        rows = [self._plan.row(row) for row in range(first, last)]
-        return rows + [self._plan.ids[:0]] * (self.rows_per_batch - len(rows))
+        first = step * self.batch_rows
+        starts = self._plan.starts[first : first + self.batch_rows + 1]
+        rows = [values[start:end] for start, end in itertools.pairwise(starts)]
+        return rows + [values[:0]] * (self.rows_per_batch - len(rows))
 
     def epoch(self, step: int) -> float:
         """Epochs seen after `step` batches; the fraction counts rows."""
-        row = min(step * self._batch_rows, len(self._plan))
+        row = min(step * self.batch_rows, len(self._plan))
         epoch = int(np.searchsorted(self._epoch_ends, row, side="right"))
         if epoch == len(self._epoch_ends):
             return float(epoch)
@@ -139,22 +161,25 @@ class BatchStream:
         return epoch + float((row - start) / (self._epoch_ends[epoch] - start))
 
     @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of the examples that the run sees, as often as it sees them, in order."""
+        rows = min(self._steps * self.batch_rows, len(self._plan))
+        return self._examples.lengths[self._plan.ids[: self._plan.starts[rows]]]
+
+    @property
     def fill(self) -> float:
         """The share of the run's row space that holds tokens and not padding."""
-        tokens = int(self._examples.lengths[self._plan.ids].sum())
-        return tokens / (len(self._plan) * self.seq_len)
+        rows = min(self._steps * self.batch_rows, len(self._plan))
+        return float(self.lengths.sum() / (rows * self.seq_len))
 
 
-def prefetch(
-    stream: BatchStream, start: int = 0, rows: slice = slice(None), workers: int = 0
-) -> Iterator[Batch]:
-    """Builds batches ahead of their use, in order, from `start` to the end of the stream.
+def prefetch(stream: BatchStream, start: int = 0, rows: slice = slice(None)) -> Iterator[Batch]:
+    """Builds batches ahead of their use, in threads, in order, from `start` to the stream's end.
 
     Args:
         stream: the run.
         start: the first step.
         rows: which rows of each batch this process holds.
-        workers: how many processes build batches; 0: threads of this one do.
     """
     import grain  # imports jax, which checking data does without
 
@@ -162,8 +187,4 @@ def prefetch(
     batches = steps.map(lambda step: stream.batch(int(step), rows)).to_iter_dataset(
         grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     )
-    if workers:
-        # Grain reads absl flags, which this program does not parse.
-        flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(batches)

@@ -43,8 +43,13 @@ def one_per_row(examples: int, seed: int, epoch: int) -> Plan:
         seed: of the run.
         epoch: every epoch has its own order.
     """
-    ids = _rng(seed, epoch).permutation(examples).astype(np.int32)
+    ids = shuffled(examples, seed, epoch).astype(np.int32)
     return Plan(ids, np.arange(examples + 1, dtype=np.int64))
+
+
+def shuffled(examples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch takes its examples, int64 `[examples]`."""
+    return _rng(seed, epoch).permutation(examples)
 
 
 def pack(lengths: np.ndarray, seq_len: int, seed: int, epoch: int) -> Plan:
@@ -68,7 +73,7 @@ def pack(lengths: np.ndarray, seq_len: int, seed: int, epoch: int) -> Plan:
             f"lengths between {lengths.min()} and {lengths.max()}; wanted 1 to {seq_len}"
         )
     rng = _rng(seed, epoch)
-    order = rng.permutation(len(lengths))
+    order = rng.permutation(len(lengths))  # the first numbers drawn: `shuffled` gives the same
     row_of = _best_fit(lengths[order].tolist(), seq_len)
     rows = int(row_of.max(initial=-1)) + 1
     place = rng.permutation(rows)[row_of]

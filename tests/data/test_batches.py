@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from absl import flags
 
 from easylm.data.batches import BatchStream, build_rows, prefetch
 from easylm.data.encode import Examples
@@ -149,16 +148,11 @@ def test_steps_out_of_range_and_both_lengths():
             BatchStream(examples, seq_len=12, batch_rows=4, seed=0, **lengths)
 
 
-@pytest.mark.parametrize(
-    "workers", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["threads", "processes"]
-)
-def test_prefetch_gives_the_batches_in_order(workers):
-    if not flags.FLAGS.is_parsed():  # grain's worker processes read a flag
-        flags.FLAGS.mark_as_parsed()
+def test_prefetch_gives_the_batches_in_order():
     stream = BatchStream(
         random_examples(80, 12), seq_len=16, batch_rows=4, seed=0, packing=True, epochs=2
     )
-    batches = list(prefetch(stream, start=3, rows=slice(1, 3), workers=workers))
+    batches = list(prefetch(stream, start=3, rows=slice(1, 3)))
     assert len(batches) == len(stream) - 3
     for step, batch in enumerate(batches, 3):
         expected = stream.batch(step, slice(1, 3))
