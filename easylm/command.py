@@ -5,24 +5,29 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from easylm.errors import InputError
+from easylm.errors import InputError, PreemptedError
 
 COLUMNS = 80
 INPUT_ERROR_CODE = 2
+PREEMPTED_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 INTERRUPTED_CODE = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
 
 
 def run_command(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Calls `main` with the command line's arguments and leaves with its exit code.
 
-    None counts as 0. An `InputError` prints one message on stderr and exits 2. Ctrl-C exits 130
-    without a word. Any other exception is a fault of ours: Python prints its traceback, exit 1.
+    None counts as 0. An `InputError` prints one message on stderr and exits 2, a `PreemptedError`
+    its message and exits 75. Ctrl-C exits 130 without a word. Any other exception is a fault of
+    ours: Python prints its traceback, exit 1.
     """
     try:
         code = main(sys.argv[1:])
     except InputError as error:
         print(format_error(error), file=sys.stderr)
         code = INPUT_ERROR_CODE
+    except PreemptedError as error:
+        print(error, file=sys.stderr)
+        code = PREEMPTED_CODE
     except KeyboardInterrupt:
         code = INTERRUPTED_CODE
     sys.exit(code or 0)

@@ -1,4 +1,4 @@
-"""The one error class of easylm."""
+"""What a command may end with, apart from success and faults of its own."""
 
 
 class InputError(ValueError):
@@ -6,4 +6,11 @@ class InputError(ValueError):
 
     The message names what is wrong, where (file, line, field), what was found and what was wanted.
     A command prints it and exits with code 2 (`easylm.command.run_command`); there is no traceback.
+    """
+
+
+class PreemptedError(Exception):
+    """The machine is being taken away; what was done is saved, and the same command goes on.
+
+    A command prints the message and exits with code 75.
     """

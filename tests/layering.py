@@ -4,7 +4,8 @@ Layers, each importing only what stands to its right:
 
     commands -> trainers | converters | eval_bridge -> models -> core
 
-A command is a module of `easylm/` that runs by `python -m`; the rest of `easylm/` is the core.
+A command is a module of `easylm/` that runs by `python -m`; with them go the few modules that
+commands share (COMMAND_PARTS). The rest of `easylm/` is the core.
 Files of `configs/` use whatever a run needs and are loaded by path, so nothing imports them;
 `easylm/config.py` alone imports the package, to know where the folder is.
 """
@@ -15,6 +16,7 @@ import pathlib
 from collections.abc import Iterator
 
 FOLDERS = ("models", "trainers", "converters", "eval_bridge", "configs")
+COMMAND_PARTS = ("easylm.finish", "easylm.start")
 MAY_IMPORT = {
     "commands": {"trainers", "converters", "eval_bridge", "models", "core"},
     "configs": {"trainers", "models", "core", "configs"},
@@ -43,7 +45,8 @@ class Module:
         """The top-level folder the module lies in; `commands` or `core` for those of easylm/."""
         if self.folder != "easylm":
             return self.folder
-        return "commands" if any(map(is_main_guard, self.tree.body)) else "core"
+        is_command = any(map(is_main_guard, self.tree.body)) or self.name in COMMAND_PARTS
+        return "commands" if is_command else "core"
 
 
 def is_main_guard(statement: ast.stmt) -> bool:

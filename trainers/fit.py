@@ -1,35 +1,29 @@
 """A run: model, objective and data brought together on the devices, from start or checkpoint."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from easylm.checkpoint import Checkpointer
 from easylm.command import say
+from easylm.config import write_json
 from easylm.data.batches import BatchStream, prefetch
 from easylm.errors import InputError
 from easylm.models.llama.config import LlamaConfig
-from easylm.models.llama.model import abstract_params, graph_definition
-from easylm.models.llama.sharding import execution_on, param_shardings
-from easylm.optimizer import adamw, linear_schedule, warmup_steps
+from easylm.preemption import sigterm_noticed
 from easylm.sharding import batch_sharding
-from easylm.trainers.config import OptimizerConfig, SftConfig
+from easylm.track import open_trackers
+from easylm.trainers.build import Program, build
+from easylm.trainers.config import SftConfig
+from easylm.trainers.evaluate import evaluator
 from easylm.trainers.loop import train
+from easylm.trainers.overview import overview
 from easylm.trainers.report import Reporter
-from easylm.trainers.step import (
-    Batch,
-    LossFn,
-    TrainState,
-    abstract_batch,
-    compile_step,
-    init_state,
-    make_train_step,
-    state_shardings,
-)
+from easylm.trainers.step import Batch, LossFn, TrainState, init_state
 
 LoadParams = Callable[[dict, jnp.dtype], dict]  # (shardings, dtype) -> parameters on the mesh
 
@@ -40,8 +34,10 @@ def fit(
     model: LlamaConfig,
     mesh: Mesh,
     stream: BatchStream,
+    eval_stream: BatchStream | None,
     loss_fn: LossFn,
     load_params: LoadParams,
+    export: Callable[[int, dict], None],
     bundle: dict,
     workdir: str,
 ) -> dict:
@@ -52,8 +48,10 @@ def fit(
       model: sizes of the model.
       mesh: where it runs.
       stream: the run's batches.
+      eval_stream: batches that are not trained on, if any.
       loss_fn: the objective, see trainers/step.py.
       load_params: makes the parameters to start from; not called where a checkpoint is found.
+      export: (step, parameters) writes the model for others; does nothing if it is there already.
       bundle: what makes a checkpoint self-contained; see easylm/checkpoint.py. Its "data" says what
         is trained on, and must not change between two starts.
       workdir: of the run.
@@ -62,114 +60,117 @@ def fit(
     Raises:
       FloatingPointError: a loss is not finite.
       InputError: the checkpoint is damaged, or of other data.
+      PreemptedError: the machine is being taken away; the state is saved.
     """
-    schedule, optimizer = make_optimizer(config.optimizer, len(stream))
-    abstract = abstract_params(model, jnp.dtype(config.param_dtype))
-    shardings = state_shardings(abstract, param_shardings(model, mesh), optimizer, mesh)
+    _use_compilation_cache(config.compilation_cache)
+    program = build(
+        config,
+        model=model,
+        mesh=mesh,
+        loss_fn=loss_fn,
+        batch_rows=stream.rows_per_batch,
+        total_steps=len(stream),
+    )
     checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
     last_step = checkpointer.latest_step() or 0
     if last_step:
         say(f"going on after step {last_step} of {len(stream)}")
         _check_same_data(checkpointer.bundle(last_step), bundle, workdir)
-        state = _restore(checkpointer, last_step, abstract, optimizer, shardings)
-    else:
-        params = load_params(shardings.params, jnp.dtype(config.param_dtype))
-        state = init_state(params, optimizer, shardings)
+    write_json(config, f"{workdir}/config.json")
+    state = _start(program, checkpointer, last_step, load_params)
+
+    def exported_at(step: int) -> bool:
+        every = config.export.every
+        return every is not None and step % every == 0
+
+    def save(step: int, state: TrainState) -> None:
+        checkpointer.save(step, state.params, state.opt_state, {**bundle, "step": step})
+        if exported_at(step):
+            export(step, state.params)
+
+    if last_step and exported_at(last_step):
+        export(last_step, state.params)  # it may have been cut off
     if last_step >= len(stream):
         checkpointer.close()
         return state.params
-    step_fn = _compile(config, model, mesh, stream, loss_fn, optimizer, shardings, state)
+    step_fn = _compile(program)
+    memory = step_fn.memory_analysis()
+    say(overview(config, model=model, mesh=mesh, stream=stream, memory=memory, last_step=last_step))
     report = Reporter(
         workdir,
         model=model,
         mesh=mesh,
         stream=stream,
-        schedule=schedule,
+        schedule=program.schedule,
         last_step=last_step,
         every=config.log_every,
+        trackers=open_trackers(config, workdir, last_step),
     )
-    try:
-        state = train(
-            state,
-            step_fn,
-            _on_mesh(stream, last_step, mesh, config.data.workers),
-            last_step=last_step,
-            total_steps=len(stream),
-            save_every=config.checkpoint.every,
-            report=report,
-            save=lambda step, state: checkpointer.save(
-                step, state.params, state.opt_state, {**bundle, "step": step}
-            ),
-        )
-    finally:
-        report.close()
-        checkpointer.close()
+    with sigterm_noticed() as preempted:
+        try:
+            state = train(
+                state,
+                step_fn,
+                _on_mesh(stream, mesh, last_step),
+                last_step=last_step,
+                total_steps=len(stream),
+                report=report,
+                save_at=lambda step: step % config.checkpoint.every == 0 or exported_at(step),
+                save=save,
+                evaluate_at=lambda step: (
+                    eval_stream is not None
+                    and (step % config.eval_every == 0 or step == len(stream))
+                ),
+                evaluate=evaluator(program, loss_fn, lambda: _on_mesh(eval_stream, mesh)),
+                preempted=preempted,
+            )
+        finally:
+            report.close()
+            checkpointer.close()
     return state.params
 
 
-def make_optimizer(
-    options: OptimizerConfig, total_steps: int
-) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """(learning rate of step i, counted from 0; the optimizer that follows it)."""
-    warmup = warmup_steps(options.warmup_ratio, total_steps)
-    schedule = linear_schedule(options.learning_rate, warmup, total_steps)
-    optimizer = adamw(
-        schedule,
-        b1=options.b1,
-        b2=options.b2,
-        eps=options.eps,
-        weight_decay=options.weight_decay,
-        clip_norm=options.clip_norm,
-    )
-    return schedule, optimizer
+def _use_compilation_cache(folder: str) -> None:
+    # Whoever sets jax's own variable means it.
+    if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
 
 
-def _compile(config, model, mesh, stream, loss_fn, optimizer, shardings, state):
-    """The run's step, compiled before the clock of the first step starts."""
-    execution = execution_on(
-        model,
-        mesh,
-        compute_dtype=jnp.dtype(config.compute_dtype),
-        remat=config.remat,
-        attention_backend=config.attention,
-    )
-    step = make_train_step(
-        graph_definition(model, execution),
-        loss_fn,
-        optimizer,
-        micro_batches=config.micro_batches,
-        seed=config.seed,
-    )
+def _start(program: Program, checkpointer, last_step: int, load_params: LoadParams) -> TrainState:
+    """The state after `last_step`: loaded, or restored from its checkpoint."""
+    state = program.state
+    if last_step == 0:
+        dtype = jax.tree.leaves(state.params)[0].dtype
+        params = load_params(program.shardings.params, dtype)
+        return init_state(params, program.optimizer, program.shardings)
+    params, opt_state = checkpointer.restore(last_step, state.params, state.opt_state)
+    step = jax.device_put(jnp.int32(last_step), state.step.sharding)
+    return TrainState(step, params, opt_state)
+
+
+def _compile(program: Program):
+    """The step, compiled before the clock of the first step starts."""
     started = time.perf_counter()
-    batch = abstract_batch(stream.rows_per_batch, stream.seq_len)
-    compiled = compile_step(step, shardings, mesh).lower(state, batch).compile()
+    compiled = program.jitted().lower(program.state, program.batch).compile()
     say(f"compiled the step in {time.perf_counter() - started:.1f} s")
     return compiled
 
 
 def _check_same_data(stored: dict, bundle: dict, workdir: str) -> None:
-    if stored.get("data") != bundle["data"]:
-        raise InputError(
-            f"{workdir}: its checkpoints were trained on other data: found {bundle['data']}; "
-            f"wanted {stored.get('data')}. Give the files it started with, or use a new folder"
+    found, wanted = (
+        "{examples:,} examples of {tokens:,} tokens, {steps:,} steps, content {content:.8}".format(
+            **data
         )
-
-
-def _restore(checkpointer, step, abstract, optimizer, shardings: TrainState) -> TrainState:
-    def placed(arrays, where):
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arrays, where
-        )
-
-    params, opt_state = checkpointer.restore(
-        step,
-        placed(abstract, shardings.params),
-        placed(jax.eval_shape(optimizer.init, abstract), shardings.opt_state),
+        for data in (bundle["data"], stored["data"])
     )
-    return TrainState(jax.device_put(jnp.int32(step), shardings.step), params, opt_state)
+    if bundle["data"] != stored["data"]:
+        raise InputError(
+            f"{workdir}: its checkpoints were trained on other data: found {found}; wanted "
+            f"{wanted}. Give the files it started with, or use a new folder"
+        )
 
 
-def _on_mesh(stream: BatchStream, last_step: int, mesh: Mesh, workers: int) -> Iterator[Batch]:
+def _on_mesh(stream: BatchStream, mesh: Mesh, last_step: int = 0) -> Iterator[Batch]:
     """The batches after `last_step` as global arrays; this process builds only its own rows."""
     sharding = batch_sharding(mesh)
     total = stream.rows_per_batch
@@ -184,5 +185,5 @@ def _on_mesh(stream: BatchStream, last_step: int, mesh: Mesh, workers: int) -> I
 
         return jax.make_array_from_callback((total, stream.seq_len), sharding, part)
 
-    for batch in prefetch(stream, last_step, slice(first, last), workers):
+    for batch in prefetch(stream, last_step, slice(first, last)):
         yield {name: place(rows) for name, rows in batch.items()}

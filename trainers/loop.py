@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from easylm.errors import PreemptedError
 from easylm.trainers.step import Batch, TrainState
 
 
@@ -16,14 +17,17 @@ def train(
     *,
     last_step: int,
     total_steps: int,
-    save_every: int,
     report: Callable[[int, dict[str, float], float], None],
+    save_at: Callable[[int], bool],
     save: Callable[[int, TrainState], None],
+    evaluate_at: Callable[[int], bool],
+    evaluate: Callable[[dict], dict[str, float]],
+    preempted: Callable[[], bool],
 ) -> TrainState:
     """Takes the steps after `last_step` up to `total_steps`.
 
     The numbers of a step are fetched while the next one runs, so the devices never wait for the
-    host. A state is saved only after its loss is known to be finite.
+    host. A state is evaluated or saved only after its loss is known to be finite.
 
     Args:
       state: after `last_step`; it is consumed.
@@ -31,39 +35,53 @@ def train(
       batches: of the steps from last_step + 1 on, on the mesh.
       last_step: steps done before.
       total_steps: steps of the whole run.
-      save_every: steps between saves; the last step is always saved.
       report: (step, metrics, seconds the step took).
+      save_at: whether to save after a step; the last one is always saved.
       save: (step, state).
+      evaluate_at: whether to evaluate after a step; before it is saved.
+      evaluate: parameters -> metrics, which are reported with those of the step.
+      preempted: whether the machine is being taken away: then the step under way is the last.
     Returns:
       The state after `total_steps`.
     Raises:
       FloatingPointError: a loss or gradient is not finite; it has been reported, and the state
         that led to it is not saved.
+      PreemptedError: the machine is being taken away; `save` has been called.
     """
     clock = time.perf_counter()
 
-    def finish(step: int, metrics: dict) -> None:
+    def finish(step: int, metrics: dict, evaluated: bool) -> None:
         nonlocal clock
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        now = time.perf_counter()
-        report(step, values, now - clock)
-        clock = now
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(values[name]):
-                raise FloatingPointError(
-                    f"step {step}: {name} is {values[name]}; the run stops here. Checkpoints "
-                    "before it are whole; a lower learning rate or a look at the data may help."
-                )
+        seconds = time.perf_counter() - clock
+        wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+        if evaluated and not wrong:
+            values |= evaluate(state.params)
+        clock = time.perf_counter()
+        report(step, values, seconds)
+        if wrong:
+            raise FloatingPointError(
+                f"step {step}: {wrong[0]} is {values[wrong[0]]}; the run stops here. Checkpoints "
+                "before it are whole; a lower learning rate or a look at the data may help."
+            )
 
     unfinished = None
     for step in range(last_step + 1, total_steps + 1):
         state, metrics = step_fn(state, next(batches))
         if unfinished is not None:
-            finish(*unfinished)
+            finish(*unfinished, evaluated=False)
         unfinished = step, metrics
-        if step % save_every == 0 or step == total_steps:
-            finish(*unfinished)
+        stopping = preempted()
+        saving = stopping or step == total_steps or save_at(step)
+        if saving or evaluate_at(step):
+            finish(*unfinished, evaluated=evaluate_at(step) and not stopping)
             unfinished = None
-            save(step, state)
+            if saving:
+                save(step, state)
             clock = time.perf_counter()
+        if stopping and step < total_steps:
+            raise PreemptedError(
+                f"stopped after step {step} of {total_steps}, since this machine is being taken "
+                "away; the checkpoint is saved, and the same command goes on from it"
+            )
     return state

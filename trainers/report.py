@@ -1,15 +1,16 @@
 """What each step of a run leaves behind: a line of metrics.jsonl and the progress bar."""
 
 import math
+from collections.abc import Sequence
 
-import jax
 import optax
 from jax.sharding import Mesh
 
 from easylm.data.batches import BatchStream
 from easylm.metrics import MetricsWriter, ProgressBar, model_flops, peak_flops, rates
 from easylm.models.llama.config import LlamaConfig
-from easylm.models.llama.model import abstract_params
+from easylm.models.llama.model import count_parameters
+from easylm.track import Tracker
 
 
 class Reporter:
@@ -22,7 +23,9 @@ class Reporter:
       stream: the run's batches.
       schedule: learning rate of step i, counted from 0.
       last_step: the step the run goes on from.
-      every: steps between lines of metrics.jsonl; the last step always has one.
+      every: steps between lines of metrics.jsonl; the last step always has one, and so has one
+        with an evaluation.
+      trackers: get every line too.
     """
 
     def __init__(
@@ -35,19 +38,21 @@ class Reporter:
         schedule: optax.Schedule,
         last_step: int,
         every: int,
+        trackers: Sequence[Tracker],
     ):
         self._model, self._stream, self._schedule, self._every = model, stream, schedule, every
-        self._parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model)))
+        self._parameters = count_parameters(model)
         self._peak = peak_flops(mesh.devices.flat[0].device_kind, mesh.size)
-        self._writer = MetricsWriter(workdir, last_step)
+        self._writers = [MetricsWriter(workdir, last_step), *trackers]
         self._bar = ProgressBar(last_step, len(stream))
 
     def __call__(self, step: int, metrics: dict[str, float], seconds: float) -> None:
         """Reports step `step`, which took `seconds`; metrics as the train step gives them."""
         record = self._record(step, metrics, seconds)
         is_last = step == len(self._stream) or not math.isfinite(metrics["loss"])
-        if step % self._every == 0 or is_last:
-            self._writer.write(record)
+        if step % self._every == 0 or is_last or "eval/loss" in record:
+            for writer in self._writers:
+                writer.write(record)
         self._bar.show(record)
         self._bar.step()
 
@@ -76,9 +81,11 @@ class Reporter:
             "learning_rate": float(self._schedule(step - 1)),
             "grad_norm": metrics["grad_norm"],
             **counted,
+            **{name: value for name, value in metrics.items() if name.startswith("eval/")},
         }
 
     def close(self) -> None:
         """Leaves the bar as it is and makes sure that every line is stored."""
         self._bar.close()
-        self._writer.close()
+        for writer in self._writers:
+            writer.close()

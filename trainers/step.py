@@ -79,13 +79,19 @@ def state_shardings(
 ) -> TrainState:
     """The TrainState tree with a NamedSharding for each array.
 
-    Moments lie where their parameter lies; counters are replicated.
+    Moments lie where their parameter lies. What is smaller than its parameter, such as factored
+    squares, is replicated, as are counters.
     """
     abstract = jax.eval_shape(optimizer.init, abstract_params)
+
+    def place(moment, param, sharding):
+        return sharding if moment.shape == param.shape else replicated(mesh)
+
     opt_state = optax.tree.map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        place,
         abstract,
+        abstract_params,
         shardings,
         transform_non_params=lambda _: replicated(mesh),
     )
@@ -99,7 +105,7 @@ def abstract_batch(rows: int, seq_len: int) -> Batch:
     return {**batch, "loss_weights": jax.ShapeDtypeStruct((rows, seq_len), jnp.float32)}
 
 
-def compile_step(step, shardings: TrainState, mesh: Mesh):
+def jit_step(step, shardings: TrainState, mesh: Mesh):
     """`step` jitted with its placements; the state it is given is consumed."""
     return jax.jit(
         step,

@@ -1,34 +1,46 @@
-"""The loop with steps of arithmetic: order of batches, reports and saves; non-finite losses."""
+"""The loop with steps of arithmetic: order of batches, reports, evaluations and saves; its ends."""
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import pytest
 
+from easylm.errors import PreemptedError
 from easylm.trainers.loop import train
 
 
-def run(losses, *, last_step=0, save_every=2, events=None):
+class State(NamedTuple):
+    params: int
+
+
+def run(losses, *, last_step=0, save_every=2, evaluate_every=100, taken_away_in=None, events=None):
     events = [] if events is None else events
+    total = len(losses)
 
     def step_fn(state, batch):
         events.append(("step", batch))
-        return state + batch, {"loss": jnp.asarray(losses[batch - 1]), "grad_norm": jnp.ones(())}
+        metrics = {"loss": jnp.asarray(losses[batch - 1]), "grad_norm": jnp.ones(())}
+        return State(state.params + batch), metrics
 
     def report(step, metrics, seconds):
         assert seconds >= 0
-        events.append(("report", step, metrics["loss"]))
+        evaluated = [metrics["eval/loss"]] if "eval/loss" in metrics else []
+        events.append(("report", step, metrics["loss"], *evaluated))
 
-    total = len(losses)
     state = train(
-        sum(range(last_step + 1)),
+        State(sum(range(last_step + 1))),
         step_fn,
         iter(range(last_step + 1, total + 1)),
         last_step=last_step,
         total_steps=total,
-        save_every=save_every,
         report=report,
-        save=lambda step, state: events.append(("save", step, state)),
+        save_at=lambda step: step % save_every == 0,
+        save=lambda step, state: events.append(("save", step, state.params)),
+        evaluate_at=lambda step: step % evaluate_every == 0,
+        evaluate=lambda params: {"eval/loss": 100.0 + params},
+        preempted=lambda: ("step", taken_away_in) in events,
     )
-    return state, events
+    return state.params, events
 
 
 def test_each_step_is_reported_once_and_in_order_while_the_next_one_runs():
@@ -64,3 +76,27 @@ def test_a_loss_that_is_not_finite_is_reported_and_stops_the_run_before_a_save(b
         run([3.0, bad, 1.0, 0.0], events=events)
     assert events[-1][:2] == ("report", 2)
     assert not any(event[0] == "save" for event in events)
+
+
+def test_an_evaluation_is_reported_with_its_step_and_comes_before_the_save():
+    _, events = run([5.0, 4.0, 3.0, 2.0], save_every=4, evaluate_every=2)
+    assert [event for event in events if event[0] != "step"] == [
+        ("report", 1, 5.0),
+        ("report", 2, 4.0, 100.0 + 1 + 2),
+        ("report", 3, 3.0),
+        ("report", 4, 2.0, 100.0 + 1 + 2 + 3 + 4),
+        ("save", 4, 10),
+    ]
+
+
+def test_a_machine_that_is_taken_away_saves_the_step_under_way_and_stops():
+    events = []
+    with pytest.raises(PreemptedError, match=r"stopped after step 2 of 4.*same command goes on"):
+        run([5.0, 4.0, 3.0, 2.0], save_every=4, evaluate_every=2, taken_away_in=2, events=events)
+    assert events[-2:] == [("report", 2, 4.0), ("save", 2, 3)]  # no time for an evaluation
+
+
+def test_a_machine_taken_away_in_the_last_step_ends_the_run_as_usual():
+    state, events = run([5.0, 4.0], taken_away_in=2)
+    assert state == 3
+    assert events[-1] == ("save", 2, 3)

@@ -8,7 +8,8 @@ from easylm.config import from_config_dict, from_dict, to_config_dict
 from easylm.errors import InputError
 from easylm.models.llama.config import RopeScaling
 from easylm.models.llama.presets import LLAMA2_7B, LLAMA3_2_1B
-from easylm.trainers.config import ModelConfig, SftConfig
+from easylm.trainers.config import SftConfig
+from easylm.trainers.options import ModelConfig
 
 SIZES = {
     "hidden_size": 64,
@@ -80,7 +81,7 @@ def test_the_defaults_alone_name_what_is_missing():
         ("data.tokenizer_vocab_size", 900, "tokenizer_vocab_size: found 900; wanted none"),
         ("data.too_long", "cut", "config.data.too_long: found 'cut'; wanted one of truncate"),
         ("data.on_bad_row", "ignore", "config.data.on_bad_row: found 'ignore'; wanted one of"),
-        ("data.workers", -1, "config.data.workers: found -1; wanted at least 0"),
+        ("data.processes", 0, "config.data.processes: found 0; wanted at least 1"),
         ("optimizer.learning_rate", 0.0, "optimizer.learning_rate: found 0.0; wanted a number abo"),
         ("optimizer.b2", 1.0, "config.optimizer.b2: found 1.0; wanted a number from 0 to below 1"),
         ("optimizer.warmup_ratio", -0.1, "config.optimizer.warmup_ratio: found -0.1; wanted"),

@@ -10,7 +10,7 @@ from easylm.models.llama.model import Execution, graph_definition
 from easylm.models.llama.sharding import execution_on, param_shardings
 from easylm.sharding import batch_sharding, make_mesh
 from easylm.trainers.sft import sft_loss
-from easylm.trainers.step import compile_step, init_state, make_train_step, state_shardings
+from easylm.trainers.step import init_state, jit_step, make_train_step, state_shardings
 from tests.tiny import hf_llama, native, packed_rows
 
 
@@ -33,7 +33,7 @@ def steps(tiny, batch, *, mesh="1,1,1", micro_batches=1, count=3):
     optimizer = optax.adamw(1e-2)
     shardings = state_shardings(params, param_shardings(config, mesh), optimizer, mesh)
     graph = graph_definition(config, execution_on(config, mesh, attention_backend="blockwise"))
-    step = compile_step(
+    step = jit_step(
         make_train_step(
             graph, sft_loss(loss_chunk=7), optimizer, micro_batches=micro_batches, seed=0
         ),
@@ -111,7 +111,7 @@ def test_the_step_consumes_its_state(tiny, batch):
     graph = graph_definition(config, Execution())
     step = make_train_step(graph, sft_loss(loss_chunk=16), optimizer, micro_batches=1, seed=0)
     state = init_state(jax.device_put(params, shardings.params), optimizer, shardings)
-    after, _ = compile_step(step, shardings, mesh)(state, batch)
+    after, _ = jit_step(step, shardings, mesh)(state, batch)
     assert state.params["norm"]["scale"].is_deleted()
     assert int(after.step) == 1
     assert jnp.isfinite(after.params["norm"]["scale"]).all()

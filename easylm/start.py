@@ -1,0 +1,148 @@
+"""What a run starts from: its weights, its tokenizer and the sizes of its model.
+
+Commands share it. jax loads with the weights, after everything that can be wrong with the data.
+"""
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING
+
+from easylm import storage
+from easylm.command import say
+from easylm.data.prepare import Prepared, SourceRows, open_rows, prepare
+from easylm.errors import InputError
+from easylm.models.llama.config import LlamaConfig
+from easylm.tokenizer import load_tokenizer, set_chat_template, train_tokenizer
+from easylm.trainers.config import SftConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from easylm.converters.weights import Weights
+
+
+def open_weights(config: SftConfig) -> "Weights | None":
+    """The weights that `init_from` names, not yet read; None for random ones."""
+    if config.init_from == "random":
+        return None
+    from easylm.converters import weights
+
+    opened = weights.open_weights(
+        os.path.expanduser(config.init_from), hf_config=config.model.hf_config
+    )
+    say(f"starting from {config.init_from}: {opened.kind}")
+    return opened
+
+
+def open_tokenizer(
+    config: SftConfig,
+    workdir: str,
+    rows: SourceRows,
+    weights: "Weights | None",
+    *,
+    going_on: bool,
+) -> "PreTrainedTokenizerFast":
+    """The tokenizer of the config, or one trained on the data, or that of the weights.
+
+    Args:
+      config: of the run.
+      workdir: keeps a tokenizer that is trained here.
+      rows: to train one on.
+      weights: what the run starts from.
+      going_on: whether the workdir holds this run: its tokenizer is used again.
+    """
+    if config.data.tokenizer_vocab_size is not None:
+        folder = f"{workdir}/tokenizer"
+        if not going_on:  # what an earlier start left there may be of other data
+            if storage.exists(folder):
+                storage.remove_folder(folder)
+            texts = (turn["content"] for row in rows.read().rows for turn in row.messages)
+            train_tokenizer(texts, config.data.tokenizer_vocab_size, folder)
+        return load_tokenizer(folder, config.data.chat_template)
+    if config.data.tokenizer:
+        return load_tokenizer(config.data.tokenizer, config.data.chat_template)
+    tokenizer = weights.tokenizer()
+    set_chat_template(tokenizer, config.data.chat_template, config.init_from)
+    return tokenizer
+
+
+def model_config(config: SftConfig, weights: "Weights | None", tokenizer) -> LlamaConfig:
+    """The model to train, as large as its tokenizer needs.
+
+    Raises:
+      InputError: the tokenizer has more ids than the model, or the model cannot be trained so.
+    """
+    size = len(tokenizer)
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if weights is None:
+        model = config.model.llama_config(vocab_size=size, **ids)
+    else:
+        model = dataclasses.replace(weights.config, **ids)
+    if size > model.vocab_size:
+        if not config.model.resize_vocab:
+            raise InputError(
+                f"data.tokenizer: found {size:,} ids; the model has vocab_size="
+                f"{model.vocab_size:,}. Use the model's own tokenizer, or set "
+                "model.resize_vocab=True to add rows (the mean of the old ones)"
+            )
+        model = dataclasses.replace(model, vocab_size=size)
+    config.check_model(model)
+    return model
+
+
+def open_data(config: SftConfig) -> dict[str, SourceRows]:
+    """The rows to train on and those to evaluate on, if any, as `data` and `eval`.
+
+    Raises:
+      InputError: a source or a row is wrong.
+    """
+    names = {"data": config.data.sources, "eval": config.data.eval_sources}
+    return {
+        name: open_rows(
+            sources,
+            on_bad_row=config.data.on_bad_row,
+            seed=config.seed,
+            cache=config.data.cache,
+        )
+        for name, sources in names.items()
+        if sources
+    }
+
+
+def prepare_data(config: SftConfig, rows: SourceRows, tokenizer, model: LlamaConfig) -> Prepared:
+    """Encodes rows, and says what became of them.
+
+    Raises:
+      InputError: they cannot be encoded for this model.
+    """
+    data = config.data
+    prepared = prepare(
+        rows,
+        tokenizer,
+        cache=data.cache,
+        seq_len=data.seq_len,
+        vocab_size=model.vocab_size,
+        too_long=data.too_long,
+        eos_newline=data.eos_newline,
+        special_tokens=data.special_tokens,
+        processes=data.processes,
+    )
+    say(str(prepared.manifest))
+    say(f"{'prepared before' if prepared.reused else 'kept for later runs'} in {prepared.folder}")
+    return prepared
+
+
+def load_params(config: SftConfig, weights: "Weights | None", model, shardings, dtype) -> dict:
+    """The parameters before the first step, on the mesh."""
+    if weights is not None:
+        return weights.load(model, shardings, dtype)
+    import jax
+
+    from easylm.models.llama.model import init_params
+
+    make = jax.jit(lambda key: init_params(model, key, dtype), out_shardings=shardings)
+    return make(jax.random.key(config.seed))

@@ -1,0 +1,69 @@
+"""Whether a workdir holds a run, and whether it is this one."""
+
+import dataclasses
+
+from easylm import storage
+from easylm.config import difference, read_json
+from easylm.errors import InputError
+
+# What may change between two starts of one run: where and in what pieces it computes, where its
+# data lies (its content is compared by itself) and what it shows and leaves behind.
+FREE_FIELDS = (
+    "config.attention",
+    "config.checkpoint.",
+    "config.compilation_cache",
+    "config.data.cache",
+    "config.data.eval_sources",
+    "config.data.processes",
+    "config.data.show",
+    "config.data.sources",
+    "config.eval_every",
+    "config.export.",
+    "config.log_every",
+    "config.loss_chunk",
+    "config.mesh",
+    "config.micro_batches",
+    "config.remat",
+    "config.tensorboard",
+    "config.wandb",
+)
+
+
+def holds_same_run(config, workdir: str) -> bool:
+    """Whether there is a run to go on with.
+
+    Args:
+      config: of the run, any config dataclass.
+      workdir: without a slash at its end.
+    Raises:
+      InputError: the workdir is a file, holds a run of another config, or the model of a run that
+        is gone; with the fields that differ.
+    """
+    if not has_checkpoints(workdir):
+        if storage.exists(f"{workdir}/hf"):
+            raise InputError(
+                f"{workdir}/hf: found a model, but {workdir}/checkpoints has none of the run that "
+                "made it; wanted a new folder for this run, or that model moved away"
+            )
+        return False
+    old = read_json(type(config), f"{workdir}/config.json")
+    changed = difference(dataclasses.asdict(old), dataclasses.asdict(config))
+    changed = [line for line in changed if not line.startswith(FREE_FIELDS)]
+    if changed:
+        raise InputError(
+            f"{workdir}: holds a run of another config; wanted the same one, to go on with it, "
+            "or a new folder:\n" + "\n".join(f"  {line}" for line in changed)
+        )
+    return True
+
+
+def has_checkpoints(workdir: str) -> bool:
+    """Whether a run has left checkpoints.
+
+    Raises:
+      InputError: the workdir is a file.
+    """
+    if storage.exists(workdir) and not storage.is_folder(workdir):
+        raise InputError(f"--workdir: {workdir} is a file; wanted a folder, or a new name for one")
+    folder = f"{workdir}/checkpoints"
+    return storage.is_folder(folder) and any(map(str.isdigit, storage.list_folders(folder)))

@@ -1,0 +1,204 @@
+"""The sections of a run's config: every option, its default, and the rules it must obey."""
+
+import dataclasses
+from typing import Literal
+
+from easylm.config import option
+from easylm.errors import InputError
+from easylm.models.llama.config import LlamaConfig
+from easylm.models.llama.presets import PRESETS
+
+
+def require(holds: bool, field: str, found: object, wanted: str) -> None:
+    """Raises InputError about `field` unless the rule holds."""
+    if not holds:
+        raise InputError(f"{field}: found {found!r}; wanted {wanted}")
+
+
+def at_least(config: object, least: int, *fields: str) -> None:
+    """Refuses fields of `config` that are set and below `least`."""
+    for field in fields:
+        value = getattr(config, field)
+        require(value is None or value >= least, field, value, f"at least {least}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model that init_from=random makes, and the vocabulary of any model."""
+
+    preset: str = option("", "Sizes of a published model, such as llama2_7b; random only.")
+    hidden_size: int | None = option(None, "Width of the residual stream.")
+    intermediate_size: int | None = option(None, "Width inside the MLP.")
+    num_hidden_layers: int | None = option(None, "Number of blocks.")
+    num_attention_heads: int | None = option(None, "Query heads; divides hidden_size.")
+    num_key_value_heads: int | None = option(None, "Key and value heads; none: one per query head.")
+    max_position_embeddings: int | None = option(None, "Longest row the model is made for.")
+    rope_theta: float | None = option(None, "Base of the rotary angles; none: 10000.")
+    rms_norm_eps: float | None = option(None, "Added to the mean square; none: 1e-5.")
+    tie_word_embeddings: bool | None = option(None, "Head = embedding table; none: no.")
+    hf_config: str = option(
+        "", "The config.json, or the folder with it, of an EasyLM stream, which holds no sizes."
+    )
+    resize_vocab: bool = option(
+        False,
+        "Give the model a row for each id of a larger tokenizer: new rows are the mean of the old.",
+    )
+
+    def __post_init__(self):
+        known = ", ".join(PRESETS)
+        require(self.preset in ("", *PRESETS), "preset", self.preset, f"one of {known}")
+        at_least(self, 1, "hidden_size", "intermediate_size", "num_hidden_layers")
+        at_least(self, 1, "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+        for field in ("rope_theta", "rms_norm_eps"):
+            value = getattr(self, field)
+            require(value is None or value > 0, field, value, "a number above 0")
+
+    def given(self) -> dict:
+        """The sizes and constants that are set, by the names of LlamaConfig."""
+        values = dataclasses.asdict(self)
+        del values["preset"], values["hf_config"], values["resize_vocab"]
+        return {name: value for name, value in values.items() if value is not None}
+
+    def llama_config(self, *, vocab_size: int, **token_ids: int | tuple[int, ...] | None):
+        """The model to initialise at random: the preset's sizes, and those given here over them.
+
+        Args:
+          vocab_size: of the tokenizer.
+          **token_ids: bos_token_id, eos_token_id, pad_token_id of the tokenizer.
+        Raises:
+          InputError: a size is missing, or sizes do not go together.
+        """
+        sizes = dict(vars(PRESETS[self.preset])) if self.preset else {}
+        sizes |= self.given()
+        needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for field in (*needed, "max_position_embeddings"):
+            found = sizes.get(field)
+            require(found is not None, f"model.{field}", found, "a number, or a preset")
+        width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+        wanted = f"a divisor of hidden_size ({width})"
+        require(width % heads == 0, "model.num_attention_heads", heads, wanted)
+        sizes.setdefault("num_key_value_heads", heads)
+        sizes |= {"head_dim": width // heads, "vocab_size": vocab_size, **token_ids}
+        try:
+            return LlamaConfig(**sizes)
+        except InputError as error:
+            raise InputError(f"model.{error}") from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Training data and its tokenizer."""
+
+    sources: str = option(
+        "",
+        "Conversations to train on, comma-separated, each PATH[@count|@fraction]: JSON lines, JSON "
+        "or parquet files, local or gs://, folders of save_to_disk, TFDS, or names on the hub.",
+    )
+    eval_sources: str = option("", "The same for evaluation; none of it is trained on.")
+    tokenizer: str = option("", "Folder or hub name; empty: the one that comes with init_from.")
+    tokenizer_vocab_size: int | None = option(
+        None, "Train a tokenizer of this many ids on the data, kept in WORKDIR/tokenizer."
+    )
+    chat_template: str = option(
+        "tulu", "How messages become text: tulu, own (the tokenizer's), or a jinja file."
+    )
+    eos_newline: Literal["keep", "strip"] = option(
+        "keep",
+        "The newline after the end of a turn: kept, as the chat template writes it, or stripped, "
+        "as Tulu 2 was trained (LLaMA's sentencepiece tokenizer only).",
+    )
+    special_tokens: Literal["text", "parse"] = option(
+        "text", "A content that spells a special token: stays text, or becomes that token."
+    )
+    seq_len: int = option(2048, "Tokens in a row of a batch.")
+    packing: bool = option(True, "Several examples share a row; none sees another.")
+    too_long: Literal["truncate", "drop", "error"] = option(
+        "truncate", "What happens to an example longer than a row; always counted."
+    )
+    on_bad_row: Literal["refuse", "skip"] = option(
+        "refuse", "Stop before training and list bad rows, or count them and go on."
+    )
+    cache: str = option(
+        "~/.cache/easylm/prepared", "Folder of encoded data, which later runs use; may be gs://."
+    )
+    processes: int | None = option(None, "Processes that encode; none: one per core.")
+    show: int = option(0, "Examples printed before training, their trained tokens marked.")
+
+    def __post_init__(self):
+        found = self.sources
+        require(bool(found.strip()), "sources", found, "files to train on, comma-separated")
+        require(bool(self.cache), "cache", self.cache, "a folder")
+        at_least(self, 2, "seq_len")
+        at_least(self, 0, "show")
+        at_least(self, 1, "processes")
+        at_least(self, 300, "tokenizer_vocab_size")  # 256 bytes, special tokens, some pieces
+        require(
+            not (self.tokenizer and self.tokenizer_vocab_size),
+            "tokenizer_vocab_size",
+            self.tokenizer_vocab_size,
+            f"none, since tokenizer names one to load ({self.tokenizer})",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer and its learning rate over the run."""
+
+    name: Literal["adamw", "adafactor", "lion"] = option(
+        "adamw", "The update rule. Adafactor's rate is relative to the size of the weights."
+    )
+    learning_rate: float = option(2e-5, "Peak learning rate.")
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = option(
+        "linear", "How the rate falls after the warm-up; wsd: at the end only, for decay_ratio."
+    )
+    warmup_ratio: float = option(0.03, "Share of the steps in which the rate rises from 0.")
+    warmup_steps: int | None = option(None, "The same in steps; takes the place of warmup_ratio.")
+    decay_ratio: float = option(0.1, "Share of the steps in which wsd's rate falls; wsd only.")
+    final_ratio: float = option(0.0, "Rate at the end, as a share of the peak; not for constant.")
+    b1: float = option(0.9, "Decay of the mean of gradients (adamw, lion).")
+    b2: float = option(0.999, "Decay of the mean of squared gradients (adamw); lion's second.")
+    eps: float = option(1e-8, "Added to the root of the mean of squares (adamw).")
+    weight_decay: float = option(0.0, "Decoupled decay of matrices; norms and biases have none.")
+    clip_norm: float | None = option(1.0, "Largest global norm of a gradient; none: no clipping.")
+    mu_dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "Of the mean of gradients (adamw, lion). The mean of squares is always float32: what one "
+        "step adds to it is below the resolution of bfloat16.",
+    )
+
+    def __post_init__(self):
+        for field in ("learning_rate", "eps"):
+            value = getattr(self, field)
+            require(value > 0, field, value, "a number above 0")
+        for field in ("b1", "b2", "warmup_ratio", "final_ratio"):
+            value = getattr(self, field)
+            require(0 <= value < 1, field, value, "a number from 0 to below 1")
+        at_least(self, 0, "warmup_steps")
+        require(0 < self.decay_ratio <= 1, "decay_ratio", self.decay_ratio, "above 0, at most 1")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        found = self.clip_norm
+        require(found is None or found > 0, "clip_norm", found, "a number above 0, or none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state of the run is saved under WORKDIR/checkpoints."""
+
+    every: int = option(500, "Steps between checkpoints; the last step is always saved.")
+    keep: int = option(2, "Newest checkpoints kept.")
+
+    def __post_init__(self):
+        at_least(self, 1, "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """The Hugging Face folder WORKDIR/hf, written at the end."""
+
+    dtype: Literal["float32", "bfloat16"] = option("bfloat16", "Of the exported weights.")
+    every: int | None = option(
+        None, "Steps between exports to WORKDIR/hf/STEP, the last one included; none: one, hf/."
+    )
+
+    def __post_init__(self):
+        at_least(self, 1, "every")
