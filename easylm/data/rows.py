@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 Conversation = list[dict[str, str]]
@@ -33,6 +33,11 @@ class Problem(NamedTuple):
         return f"{self.field}: {self.found}; wanted {self.wanted}"
 
 
+# What a reader of a source yields: `(where, value, None)`, or `(where, None, problem)` for what
+# cannot be read as a value.
+Values = Iterator[tuple[str, Any, Problem | None]]
+
+
 def normal_form(row: Any) -> tuple[Conversation, list[Problem]]:
     """Turns a row into messages.
 
@@ -50,6 +55,9 @@ def normal_form(row: Any) -> tuple[Conversation, list[Problem]]:
         return [], [problem]
     # A row may carry fields of its own, such as the prompt beside the messages that contain it.
     complete = [form for form in _FORM_READERS if all(name in row for name in form)]
+    if len(complete) > 1:
+        # A table holds null where a row lacks the fields of another's form.
+        complete = [form for form in complete if any(row[name] is not None for name in form)]
     forms = complete or [form for form in _FORM_READERS if form[0] in row]
     if len(forms) != 1:
         found = _shorten(f"fields {', '.join(map(repr, row)) or 'none'}")
@@ -155,7 +163,8 @@ def _texts(row: dict, names: tuple[str, ...]) -> tuple[dict[str, str], list[Prob
 
 def _text(owner: dict, key: str, where: str) -> tuple[str, Problem | None]:
     if key not in owner:
-        return "", Problem("text is missing", where, "missing", "text")
+        found = _shorten(f"missing beside {', '.join(map(repr, owner)) or 'nothing'}")
+        return "", Problem("text is missing", where, found, "text")
     text = owner[key]
     if not isinstance(text, str):
         return "", Problem("text is not a string", where, _show(text), "text")
