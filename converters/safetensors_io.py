@@ -101,7 +101,7 @@ def read_index(path: str) -> dict[str, str]:
     try:
         weight_map = json.loads(storage.read_bytes(path))["weight_map"]
         valid = all(isinstance(text, str) for item in weight_map.items() for text in item)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         valid = False
     if not valid or not weight_map:
         raise InputError(
@@ -167,7 +167,7 @@ def read_header(path: str, size: int) -> tuple[dict[str, Span], list[str]]:
     try:
         text = storage.read_range(path, 8, data_start).decode("utf-8")
         header = json.loads(text, object_pairs_hook=_unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return {}, [f"{file}: the safetensors header is not valid JSON: {error}"]
     if not isinstance(header, dict):
         return {}, [f"{file}: the safetensors header is not a JSON object"]
@@ -199,12 +199,15 @@ def _wrong_entry(entry: object) -> str:
     fields = {"dtype", "shape", "data_offsets"}
     if not isinstance(entry, dict) or not fields <= entry.keys():
         return f"found {entry!r}; wanted dtype, shape and data_offsets"
-    if entry["dtype"] not in DTYPES:
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         return f"dtype: found {entry['dtype']!r}; wanted one of {', '.join(DTYPES)}"
     shape, offsets = entry["shape"], entry["data_offsets"]
     for field, value in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(value, list) or any(type(n) is not int or n < 0 for n in value):
             return f"{field}: found {value!r}; wanted a list of whole numbers"
+        if len(value) > 64 or any(n >= 1 << 63 for n in value):
+            found = str(value)[:40]
+            return f"{field}: found {found}...; wanted at most 64 numbers of 63 bits"
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         return f"data_offsets: found {offsets}; wanted [start, end]"
     nbytes = math.prod(shape) * DTYPES[entry["dtype"]].itemsize

@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import runpy
+import sys
 import traceback
 import types
 import typing
@@ -63,7 +64,7 @@ class Kind:
         """`value` as this kind; an int where a float is wanted becomes one."""
         if value is None and self.optional:
             return None
-        if self.type is float and type(value) is int:
+        if self.type is float and type(value) is int and abs(value) <= sys.float_info.max:
             value = float(value)
         right = type(value) is self.type and (not self.choices or value in self.choices)
         if not right or (self.type is float and not math.isfinite(value)):
@@ -186,9 +187,13 @@ def read_json(config_class: type[_Config], path: str) -> _Config:
 
     text = storage.read_bytes(path)
     try:
-        return from_dict(config_class, json.loads(text))
-    except json.JSONDecodeError as error:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:  # too deep, or an integer of too many digits
         raise InputError(f"{path}: found no JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: found a {type(values).__name__}; wanted a JSON object")
+    try:
+        return from_dict(config_class, values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 

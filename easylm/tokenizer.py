@@ -117,6 +117,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerFast, chat_template: str, wh
             own = tokenizer.get_chat_template()
         except ValueError as error:  # several, none of them the default
             raise InputError(f"{where}: {error}") from None
+        if not isinstance(own, str):
+            raise InputError(f"{where}: chat_template: found {own!r}; wanted a jinja template")
         _require_jinja(own, f"own template of {where}")
 
 
@@ -172,12 +174,14 @@ def tokenizer_files_in(folder: str) -> dict[str, bytes]:
 def load_in_transformers_4(files: dict[str, bytes]) -> bool:
     """Whether transformers 4 makes of these files the tokenizer that transformers 5 does.
 
-    Not if their class came with 5, nor if they hold the chat template in a file of its own or the
-    extra special tokens as a list, where 4 does not look or fails.
+    Not if a file is damaged, nor if their class came with 5, nor if they hold the chat template in
+    a file of its own or the extra special tokens as a list, where 4 does not look or fails.
 
     Args:
         files: file name to content, of a tokenizer that `load_tokenizer_files` takes.
     """
+    if _damage(files):
+        return False
     config = json.loads(files.get("tokenizer_config.json", b"{}"))
     # Without a class, the model's type decides.
     known = config.get("tokenizer_class") in (None, *_CLASSES_OF_4)
@@ -207,9 +211,30 @@ def load_tokenizer_files(
             storage.write_bytes(os.path.join(folder, name), content)
         try:
             tokenizer = loader.from_pretrained(folder)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{where}: the tokenizer files cannot be read: {error}") from error
+        except Exception as error:
+            # The tokenizers library raises the bare class, and transformers what it stumbles over.
+            kinds = (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError)
+            if type(error) is not Exception and not isinstance(error, kinds):
+                raise
+            reason = _damage(files) or f": the tokenizer files cannot be read: {error}"
+            raise InputError(f"{where}{reason}") from error
     return _require_fast(tokenizer, where)
+
+
+def _damage(files: dict[str, bytes]) -> str:
+    """Which of a tokenizer's files is not what its name says, and why; empty if all are."""
+    for name, content in files.items():
+        if name == "tokenizer.model":
+            continue
+        try:
+            text = content.decode()
+            value = json.loads(text) if name.endswith(".json") else {}
+        except (ValueError, RecursionError) as error:
+            wanted = "valid JSON" if name.endswith(".json") else "UTF-8 text"
+            return f"/{name}: not {wanted}: {error}"
+        if not isinstance(value, dict):
+            return f"/{name}: found a {type(value).__name__}; wanted a JSON object"
+    return ""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | os.PathLike[str]) -> None:

@@ -251,8 +251,16 @@ def test_wrong_json_is_refused_with_the_file(tmp_path):
         (json.dumps(values | {"steps": True}), "config.json: config.steps: found True; wanted"),
         (json.dumps(values | {"inner": 3}), "config.inner: found 3; wanted the fields of a sect"),
         (json.dumps({"name": "x"}), "missing"),
+        ("[]", "config.json: found a list; wanted a JSON object"),
+        ("[" * 100_000, "config.json: found no JSON (maximum recursion depth"),
+        ('{"steps": ' + "9" * 5000 + "}", "config.json: found no JSON (Exceeds the limit"),
+        ('{"name": "\udcff"}', "config.json: found no JSON ('utf-8' codec"),
+        (
+            json.dumps(values | {"inner": values["inner"] | {"rate": 10**400}}),
+            "config.json: config.inner.rate: found 1000",
+        ),
     ]:
-        path.write_text(wrong)
+        path.write_bytes(wrong.encode(errors="surrogateescape"))
         with pytest.raises(InputError, match="config") as error:
             config.read_json(Outer, str(path))
         assert expected in str(error.value)

@@ -164,6 +164,7 @@ def test_what_transformers_4_would_not_read_is_told_apart(trained):
     assert not told(extra_special_tokens=["<a>"]) and told(extra_special_tokens={"a_token": "<a>"})
     assert told({"chat_template.jinja": TULU.encode()})
     assert not told({"chat_template.jinja": b"{{ 'other' }}"})
+    assert not told({"tokenizer_config.json": b"["})
 
 
 def test_chat_template_choice(trained, tmp_path):
@@ -201,6 +202,9 @@ def test_a_broken_chat_template_is_blamed_where_it_lies(trained, tmp_path):
     assert load_tokenizer(own).chat_template == TULU
     with pytest.raises(InputError, match=rf"^own template of {own}, line 2: not a jinja template"):
         load_tokenizer(own, "own")
+    (own / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": 7}))
+    with pytest.raises(InputError, match=rf"^{own}: chat_template: found 7; wanted a jinja"):
+        load_tokenizer(own, "own")
     several = [{"name": name, "template": f"{{{{ '{name}' }}}}"} for name in ("rag", "tool_use")]
     (own / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": several}))
     with pytest.raises(InputError, match=rf"^{own}: .*no default.*\['rag', 'tool_use'\]"):
@@ -215,6 +219,12 @@ def unigram(folder):
         hard_vocab_limit=False,
         minloglevel=2,
     )
+
+
+def changed(folder, name, content):
+    train_tokenizer(TEXTS, 420, folder / "made")
+    shutil.copytree(folder / "made", folder, dirs_exist_ok=True)
+    (folder / name).write_bytes(content.encode(errors="surrogateescape"))
 
 
 def no_eos(folder):
@@ -235,7 +245,31 @@ BAD_FOLDERS = {
     ),
     "broken json": (
         lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0"'),
-        "the tokenizer files cannot be read",
+        "/tokenizer.json: not valid JSON: Expecting ',' delimiter",
+    ),
+    "deep json": (
+        lambda folder: (folder / "tokenizer.json").write_text("[" * 100_000),
+        "/tokenizer.json: not valid JSON: maximum recursion depth",
+    ),
+    "an integer too long": (
+        lambda folder: changed(folder, "tokenizer_config.json", '{"a": ' + "9" * 5000 + "}"),
+        "/tokenizer_config.json: not valid JSON: Exceeds the limit",
+    ),
+    "a list": (
+        lambda folder: changed(folder, "special_tokens_map.json", "[]"),
+        "/special_tokens_map.json: found a list; wanted a JSON object",
+    ),
+    "a binary template": (
+        lambda folder: changed(folder, "chat_template.jinja", "\udcff"),
+        "/chat_template.jinja: not UTF-8 text",
+    ),
+    "no model": (
+        lambda folder: changed(folder, "tokenizer.json", '{"model": {"type": "BPE"}}'),
+        "the tokenizer files cannot be read: ",
+    ),
+    "an odd token": (
+        lambda folder: changed(folder, "tokenizer_config.json", '{"added_tokens_decoder": [3]}'),
+        "the tokenizer files cannot be read: ",
     ),
     "not a tokenizer": (
         lambda folder: (folder / "tokenizer.json").write_text("{}"),

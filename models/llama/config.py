@@ -83,6 +83,9 @@ class LlamaConfig:
             raise InputError(f"{where}: hidden_act: found {hf['hidden_act']!r}; wanted 'silu'")
         _require_whole_rotary(hf, where)
         _require_whole_rotary(_section(hf, "rope_parameters", where), f"{where}: rope_parameters")
+        for name in ("torch_dtype", "dtype"):
+            if not isinstance(hf.get(name), str | None):
+                raise InputError(f"{where}: {name}: found {hf[name]!r}; wanted text or null")
         heads = _number(hf, "num_attention_heads", int, where)
         hidden_size = _number(hf, "hidden_size", int, where)
         fields = {
@@ -159,9 +162,14 @@ def _number(hf: dict, name: str, kind: type, where: str, default: int | float | 
     if value is None:
         value = default
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # Python reads 1e400 as infinity and NaN as it stands; neither converts to an int.
-    if not is_number or not 0 < value <= sys.float_info.max or value != kind(value):
-        raise InputError(f"{where}: {name}: found {value!r}; wanted a positive {kind.__name__}")
+    # Python reads 1e400 as infinity and NaN as it stands; neither converts to an int. Beyond 31
+    # bits, sizes overflow in numpy and jax.
+    largest = 2**31 - 1 if kind is int else sys.float_info.max
+    if not is_number or not 0 < value <= largest or value != kind(value):
+        bits = " of 31 bits" if kind is int and is_number and value > largest else ""
+        raise InputError(
+            f"{where}: {name}: found {value!r}; wanted a positive {kind.__name__}{bits}"
+        )
     return kind(value)
 
 
@@ -183,7 +191,8 @@ def _token_id(hf: dict, name: str, where: str, default: int | None):
     """An id, several (as a tuple), or None."""
     value = hf.get(name, default)
     ids = value if isinstance(value, list) else [value]
-    if any(isinstance(i, bool) or not isinstance(i, int | None) for i in ids):
+    is_id = [isinstance(i, int) and not isinstance(i, bool) for i in ids]
+    if value is not None and (not ids or not all(is_id)):
         raise InputError(f"{where}: {name}: found {value!r}; wanted an id, a list of ids, or null")
     return tuple(value) if isinstance(value, list) else value
 

@@ -175,6 +175,15 @@ def test_the_writer_keeps_to_its_plan(tmp_path):
         (raw_file({"a": entry(0, 4, [4], "F8_E4M3")}, b"1234"), "a: dtype: found 'F8_E4M3'; want"),
         (raw_file({"a": entry(0, 4, [-1])}, b"1234"), r"tensor a: shape: found \[-1\]; wanted a"),
         (raw_file({"a": entry(0, 4, [1.0])}, b"1234"), r"tensor a: shape: found \[1.0\]; wanted"),
+        (raw_file(b"[" * 100_000, b""), "the safetensors header is not valid JSON: max"),
+        (raw_file(b"9" * 5000, b""), "the safetensors header is not valid JSON: Exceeds the limit"),
+        (raw_file({"a": entry(0, 4, [1], ["F32"])}, b"1234"), r"dtype: found \['F32'\]; wanted"),
+        (
+            raw_file({"a": entry(0, 4, [10**4000] * 3)}, b"1234"),
+            r"model.safetensors: tensor a: shape: found \[10+...; wanted at most 64 numbers of",
+        ),
+        (raw_file({"a": entry(0, 4, [9] * 5000)}, b"1234"), r"a: shape: found \[9, .*; wanted at"),
+        (raw_file({"a": entry(0, 1 << 63, [1])}, b"1234"), r"a: data_offsets: found \[0, 922.*; w"),
         (raw_file({"a": entry(4, 0, [1])}, b"1234"), r"data_offsets: found \[4, 0\]; wanted \[st"),
         (
             raw_file({"a": entry(0, 4, [3])}, b"1234"),

@@ -114,6 +114,17 @@ BAD = {
     "a bias as a number": ({"attention_bias": 1}, r"attention_bias: found 1; wanted true, false"),
     "a bias in words": ({"mlp_bias": "no"}, r"mlp_bias: found 'no'; wanted true, false or null"),
     "a token in words": ({"eos_token_id": "</s>"}, r"eos_token_id: found '</s>'; wanted an id"),
+    "no token in a list": ({"eos_token_id": []}, r"eos_token_id: found \[\]; wanted an id, a list"),
+    "null in a list": ({"eos_token_id": [2, None]}, r"eos_token_id: found \[2, None\]; wanted an"),
+    "a dtype as a number": ({"torch_dtype": 7}, r"torch_dtype: found 7; wanted text or null"),
+    "a dtype in a list": (
+        {"dtype": ["float32"]},
+        r"dtype: found \['float32'\]; wanted text or nul",
+    ),
+    "a size beyond 31 bits": (
+        {"vocab_size": 1 << 31},
+        r"vocab_size: found 2147483648; wanted a positive int of 31 bits",
+    ),
     "a list with a word": ({"eos_token_id": [1, "a"]}, r"eos_token_id: found \[1, 'a'\]"),
 }
 
