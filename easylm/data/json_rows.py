@@ -18,6 +18,8 @@ from easylm.data.rows import Problem, Values
 from easylm.errors import InputError
 
 _WANTED = "wanted JSON Lines or a JSON array in UTF-8, plain or .gz, or a parquet file"
+# What a ValueError of the decoder means where the syntax is fine.
+_LONG_NUMBER = "a number of thousands of digits"
 _OTHER_KINDS = {
     b"PK": ("a zip file", "`unzip` unpacks it"),
     b"\x28\xb5\x2f\xfd": ("a zstd file", "`zstd -d` unpacks it"),
@@ -99,14 +101,13 @@ def _read_line(line: bytes, path: str, number: int) -> tuple[str, Any, Problem |
         return where, None, Problem("not UTF-8", "line", found, "UTF-8 text")
     except json.JSONDecodeError as error:
         found = f"{error.msg} at column {error.pos + 1}"
-        return where, None, Problem("broken JSON", "line", found, "one JSON object a line")
     except _DuplicateKeyError as error:
         return where, None, _duplicate_key(error)
     except ValueError:
-        return where, None, _LONG_NUMBER
+        found = _LONG_NUMBER
     except RecursionError:
         found = "brackets nested too deeply"
-        return where, None, Problem("broken JSON", "line", found, "one JSON object a line")
+    return where, None, Problem("broken JSON", "line", found, "one JSON object a line")
 
 
 def _read_array(content: bytes, path: str, line: int) -> Values:
@@ -161,7 +162,7 @@ def _element(text: str, start: int) -> tuple[int, Any, Problem | None]:
     except _DuplicateKeyError as error:
         problem = _duplicate_key(error)
     except ValueError:
-        problem = _LONG_NUMBER
+        problem = Problem("broken JSON", "row", _LONG_NUMBER, "text fields")
     except RecursionError as error:
         raise json.JSONDecodeError("brackets nested too deeply", text, start) from error
     # Read once more without looking, for the place where it ends.
@@ -195,7 +196,3 @@ _LENIENT = json.JSONDecoder(parse_int=str)
 def _duplicate_key(error: _DuplicateKeyError) -> Problem:
     found = f"key {error.args[0]!r} twice in one object"
     return Problem("duplicate key", "row", found, "every key once")
-
-
-# The only ValueError of the decoder that is not about syntax.
-_LONG_NUMBER = Problem("broken JSON", "row", "a number of thousands of digits", "text fields")

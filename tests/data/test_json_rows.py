@@ -141,7 +141,7 @@ BAD_ROWS = {
     "endless nesting": (b"[" * 99999, ["line: brackets nested too deeply; wanted one JSON"]),
     "a number of 6,000 digits": (
         b'{"instruction": ' + b"9" * 6000 + b"}",
-        ["row: a number of thousands of digits; wanted text fields"],
+        ["line: a number of thousands of digits; wanted one JSON object"],
     ),
     "not UTF-8": (
         b'{"instruction": "caf\xe9", "output": "x"}',
