@@ -24,6 +24,7 @@ from easylm.start import (
     open_weights,
     prepare_data,
 )
+from easylm.track import check_trackers
 from easylm.trainers.config import SftConfig
 from easylm.workdir import holds_same_run
 
@@ -38,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
     config, workdir = parse_command_line(argv, SftConfig, "python -m easylm.sft", __doc__)
     workdir = workdir.rstrip("/")
     going_on = holds_same_run(config, workdir)
+    check_trackers(tensorboard=config.tensorboard, wandb=config.wandb)
     # The data comes first: it is what is wrong most often, and is checked in seconds.
     rows = open_data(config)
     weights = open_weights(config)

@@ -16,72 +16,12 @@ from safetensors.numpy import load_file
 from easylm import sft
 from easylm.checkpoint import find_checkpoint, read_bundle, tokenizer_files_of
 from easylm.errors import InputError
-
-TOPICS = ("sun", "moon", "rain", "snow", "wind", "sea")
-ROWS = [
-    {"instruction": f"Say {topic} {n} times.", "input": "", "output": " ".join([topic] * n)}
-    for topic in TOPICS
-    for n in range(1, 6)
-] + [
-    {
-        "messages": [
-            {"role": "user", "content": f"Do you like the {topic}?"},
-            {"role": "assistant", "content": f"Yes, the {topic} is fine."},
-            {"role": "user", "content": "Why?"},
-            {"role": "assistant", "content": f"It is the {topic}."},
-        ]
-    }
-    for topic in TOPICS
-]
-RANDOM = {
-    "init_from": "random",
-    "model.hidden_size": 32,
-    "model.intermediate_size": 64,
-    "model.num_hidden_layers": 2,
-    "model.num_attention_heads": 4,
-    "model.num_key_value_heads": 2,
-    "model.max_position_embeddings": 128,
-    "data.tokenizer_vocab_size": 320,
-}
-COMMON = {
-    "data.seq_len": 80,
-    "steps": 6,
-    "batch_rows": 3,  # not a multiple of the eight devices: empty rows fill the batch
-    "compute_dtype": "float32",
-    "optimizer.learning_rate": 1e-2,
-    "optimizer.warmup_ratio": 0,
-    "checkpoint.every": 3,
-    "export.dtype": "float32",
-}
-CONFIG = """\
-from easylm.config import to_config_dict
-from easylm.trainers.config import SftConfig
-
-
-def get_config():
-    return to_config_dict(SftConfig)
-"""
+from tests.runs import RANDOM, ROWS, arguments, make_folder, metrics, start
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sft")
-    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (path / "config.py").write_text(CONFIG)
-    return path
-
-
-def arguments(folder: pathlib.Path, workdir: pathlib.Path, options: dict) -> list[str]:
-    options = {"data.sources": str(folder / "rows.jsonl"), **COMMON, **options}
-    return [
-        f"--config={folder / 'config.py'}",
-        f"--workdir={workdir}",
-        *(f"--config.{name}={value}" for name, value in options.items()),
-    ]
-
-
-def metrics(workdir: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return make_folder(tmp_path_factory.mktemp("sft"))
 
 
 @pytest.fixture(scope="module")
@@ -224,12 +164,6 @@ def test_a_start_that_failed_stands_in_nobodys_way(folder, tmp_path):
     assert json.loads((workdir / "hf" / "config.json").read_text())["vocab_size"] == 330
 
 
-def test_batches_may_be_made_by_processes_of_their_own(folder, first_run, tmp_path):
-    sft.main(arguments(folder, tmp_path / "run", {**RANDOM, "data.workers": 1}))
-    losses = [[line["loss"] for line in metrics(run)] for run in (tmp_path / "run", first_run)]
-    assert losses[0] == losses[1]
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -353,15 +287,11 @@ def test_answers_come_before_jax_loads(folder, tmp_path, change, code, message):
     bad.write_text(f"{good}\n{json.dumps(wrong)}\n")
     (tmp_path / "jax.py").write_text("raise SystemExit('jax was imported')")
     change = [argument.replace("BAD", str(bad)) for argument in change]
-    result = subprocess.run(
-        [sys.executable, "-m", "easylm.sft", *arguments(folder, tmp_path / "run", RANDOM), *change],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        cwd=pathlib.Path(sft.__file__).parent.parent,
-    )
-    assert result.returncode == code, result.stderr
+    command = [*arguments(folder, tmp_path / "run", RANDOM), *change]
+    process = start(command, PYTHONPATH=str(tmp_path))
+    printed = "".join(process.communicate())
+    assert process.returncode == code, printed
     # The message is wrapped at 80 columns.
-    assert message in " ".join((result.stdout + result.stderr).split())
-    assert "Traceback" not in result.stderr
+    assert message in " ".join(printed.split())
+    assert "Traceback" not in printed
     assert not (tmp_path / "run").exists()

@@ -1,5 +1,6 @@
 """A run: model, objective and data brought together on the devices, from start or checkpoint."""
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -104,7 +105,13 @@ def fit(
         schedule=program.schedule,
         last_step=last_step,
         every=config.log_every,
-        trackers=open_trackers(config, workdir, last_step),
+        trackers=open_trackers(
+            workdir,
+            last_step,
+            tensorboard=config.tensorboard,
+            wandb=config.wandb,
+            config=dataclasses.asdict(config),
+        ),
     )
     with sigterm_noticed() as preempted:
         try:

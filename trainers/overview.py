@@ -48,8 +48,8 @@ def overview(
     rows = stream.rows_per_batch - stream.batch_rows
     lines = {
         "model": f"{count_parameters(model):,} parameters in {config.param_dtype}",
-        "data": f"{len(lengths) / stream.epoch(steps):,.0f} examples, seen "
-        f"{stream.epoch(steps):.3g} times: {lengths.sum():,} tokens",
+        "data": f"{len(stream.examples):,} examples, seen {stream.epoch(steps):.3g} times: "
+        f"{lengths.sum():,} tokens",
         "steps": f"{steps:,} of {stream.batch_rows:,} rows of {stream.seq_len:,} tokens, "
         f"{stream.fill:.1%} filled",
         "a step": f"{len(lengths) / steps:,.1f} examples, {lengths.sum() / steps:,.0f} tokens",

@@ -93,7 +93,7 @@ class BatchStream:
     ):
         if (epochs is None) == (steps is None):
             raise ValueError(f"epochs={epochs} and steps={steps}: wanted one of them")
-        self._examples = examples
+        self.examples = examples
         self.seq_len = seq_len
         self.batch_rows = batch_rows
         self.rows_per_batch = -(-batch_rows // row_multiple) * row_multiple
@@ -136,7 +136,7 @@ class BatchStream:
         ids, weights = (
             self._by_row(values, step)[rows] for values in (self._plan.ids, self._weights)
         )
-        return build_rows(self._examples, ids, self.seq_len, weights)
+        return build_rows(self.examples, ids, self.seq_len, weights)
 
     def plan_rows(self, step: int) -> list[np.ndarray]:
         """The example ids of every row of batch `step`, from 0; empty for rows of padding."""
@@ -164,7 +164,7 @@ class BatchStream:
     def lengths(self) -> np.ndarray:
         """Tokens of the examples that the run sees, as often as it sees them, in order."""
         rows = min(self._steps * self.batch_rows, len(self._plan))
-        return self._examples.lengths[self._plan.ids[: self._plan.starts[rows]]]
+        return self.examples.lengths[self._plan.ids[: self._plan.starts[rows]]]
 
     @property
     def fill(self) -> float:

@@ -1,0 +1,89 @@
+"""Tiny runs of `python -m easylm.sft`: data, options, and what they leave."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from easylm import sft
+
+TOPICS = ("sun", "moon", "rain", "snow", "wind", "sea")
+ROWS = [
+    {"instruction": f"Say {topic} {n} times.", "input": "", "output": " ".join([topic] * n)}
+    for topic in TOPICS
+    for n in range(1, 6)
+] + [
+    {
+        "messages": [
+            {"role": "user", "content": f"Do you like the {topic}?"},
+            {"role": "assistant", "content": f"Yes, the {topic} is fine."},
+            {"role": "user", "content": "Why?"},
+            {"role": "assistant", "content": f"It is the {topic}."},
+        ]
+    }
+    for topic in TOPICS
+]
+RANDOM = {
+    "init_from": "random",
+    "model.hidden_size": 32,
+    "model.intermediate_size": 64,
+    "model.num_hidden_layers": 2,
+    "model.num_attention_heads": 4,
+    "model.num_key_value_heads": 2,
+    "model.max_position_embeddings": 128,
+    "data.tokenizer_vocab_size": 320,
+}
+COMMON = {
+    "data.seq_len": 80,
+    "steps": 6,
+    "batch_rows": 3,  # not a multiple of the eight devices: empty rows fill the batch
+    "compute_dtype": "float32",
+    "optimizer.learning_rate": 1e-2,
+    "optimizer.warmup_ratio": 0,
+    "checkpoint.every": 3,
+    "export.dtype": "float32",
+}
+CONFIG = """\
+from easylm.config import to_config_dict
+from easylm.trainers.config import SftConfig
+
+
+def get_config():
+    return to_config_dict(SftConfig)
+"""
+
+
+def make_folder(path: pathlib.Path) -> pathlib.Path:
+    """`path` with the rows and the config of tiny runs."""
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (path / "config.py").write_text(CONFIG)
+    return path
+
+
+def arguments(folder: pathlib.Path, workdir: pathlib.Path, options: dict) -> list[str]:
+    """Of the command, for a run on the rows of `folder`; options by name, without "config."."""
+    places = {"data.sources": str(folder / "rows.jsonl"), "data.cache": str(folder / "prepared")}
+    return [
+        f"--config={folder / 'config.py'}",
+        f"--workdir={workdir}",
+        *(f"--config.{name}={value}" for name, value in {**places, **COMMON, **options}.items()),
+    ]
+
+
+def start(arguments: list[str], **options) -> subprocess.Popen:
+    """The command in a process of its own, in the checkout."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "easylm.sft", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **options},
+        cwd=pathlib.Path(sft.__file__).parent.parent,
+    )
+
+
+def metrics(workdir: pathlib.Path) -> list[dict]:
+    """The lines of metrics.jsonl; one that is being written is left out."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
