@@ -109,10 +109,10 @@ class Encoded(NamedTuple):
     dropped: Counter[str]
 
 
-def encode_part(
+def encode_rows(
     tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], policy: Policy, vocab_size: int
 ) -> Encoded:
-    """Encodes some rows for training.
+    """Encodes rows for training.
 
     Args:
         tokenizer: with the chat template to train on.
@@ -175,94 +175,4 @@ def outside_vocabulary(token: int, vocab_size: int, tokenizer, where: str) -> In
         f"{where}: token {tokenizer.convert_ids_to_tokens(token)!r} has id {token:,}: the "
         f"tokenizer has {len(tokenizer):,} ids, the model vocab_size={vocab_size:,}. Use the "
         f"model's own tokenizer, or resize the model's vocabulary"
-    )
-
-
-@dataclass(frozen=True)
-class EncodeReport:
-    """What became of the rows.
-
-    Attributes:
-        rows: rows given.
-        kept: examples made.
-        truncated: examples among `kept` cut to `seq_len`.
-        dropped: rows left out, by reason.
-        tokens: tokens of the examples.
-        target_tokens: those the model is trained to produce. The first token of an example is
-            never one: nothing comes before it.
-        length_mean: mean tokens of an example; the other lengths are quartiles and extremes.
-    """
-
-    rows: int
-    kept: int
-    truncated: int
-    dropped: dict[str, int]
-    tokens: int
-    target_tokens: int
-    length_mean: float
-    length_min: int
-    length_q25: int
-    length_median: int
-    length_q75: int
-    length_max: int
-
-    def __str__(self) -> str:
-        dropped = "".join(f", {count:,} dropped ({why})" for why, count in self.dropped.items())
-        return (
-            f"{self.rows:,} rows: {self.kept:,} examples, {self.truncated:,} of them truncated"
-            f"{dropped}; {self.tokens:,} tokens, {self.target_tokens:,} trained; "
-            f"length mean {self.length_mean:,.0f}, quartiles {self.length_q25:,} "
-            f"{self.length_median:,} {self.length_q75:,}, max {self.length_max:,}"
-        )
-
-
-def encode_rows(
-    tokenizer: PreTrainedTokenizerFast,
-    rows: Sequence[Row],
-    *,
-    seq_len: int,
-    vocab_size: int,
-    too_long: str = "truncate",
-    progress: bool = True,
-) -> tuple[Examples, EncodeReport]:
-    """Encodes rows for training.
-
-    Args:
-        tokenizer: with the chat template to train on.
-        rows: valid conversations.
-        seq_len: the most tokens an example may have.
-        vocab_size: the number of ids the model has.
-        too_long: `truncate` keeps the first `seq_len` tokens, and drops the example if no target is
-            among them; `drop`; or `error`.
-        progress: whether to show a progress bar on stderr.
-
-    Raises:
-        InputError: an id is not below `vocab_size`, an example is too long under `error`, the chat
-            template refuses a conversation, or no example is left.
-    """
-    part = encode_part(tokenizer, rows, Policy(seq_len, too_long), vocab_size)
-    if not len(part.examples):
-        raise InputError(
-            f"no example is left of {len(rows):,} rows at data.seq_len={seq_len:,}: "
-            + ", ".join(f"{count:,} {why}" for why, count in part.dropped.items())
-        )
-    return part.examples, _report(part.examples, len(rows), part.truncated, part.dropped)
-
-
-def _report(examples: Examples, rows: int, truncated: int, dropped: Counter[str]) -> EncodeReport:
-    lengths, mask = examples.lengths, examples.loss_mask
-    low, q25, median, q75, high = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1])
-    return EncodeReport(
-        rows=rows,
-        kept=len(examples),
-        truncated=truncated,
-        dropped=dict(dropped),
-        tokens=int(lengths.sum()),
-        target_tokens=int(mask.sum(dtype=np.int64) - mask[examples.offsets[:-1]].sum()),
-        length_mean=float(lengths.mean()),
-        length_min=int(low),
-        length_q25=int(q25),
-        length_median=int(median),
-        length_q75=int(q75),
-        length_max=int(high),
     )

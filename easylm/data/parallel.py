@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from easylm import storage
-from easylm.data.encode import Encoded, Policy, encode_part
+from easylm.data.encode import Encoded, Policy, encode_rows
 from easylm.data.sources import Row
 from easylm.errors import InputError
 from easylm.tokenizer import load_tokenizer_files, tokenizer_files, tokenizer_files_in
@@ -54,14 +54,14 @@ def encode_in_parts(
         progress: whether to show a progress bar on stderr.
 
     Raises:
-        InputError: as `encode_part`, for the first row that is wrong.
+        InputError: as `encode_rows`, for the first row that is wrong.
     """
     if processes is None:
         characters = sum(len(turn["content"]) for row in rows for turn in row.messages)
         processes = min(len(os.sched_getaffinity(0)), 1 + characters // _CHARACTERS_PER_PROCESS)
     parts = list(_parts(rows))
     if processes == 1:
-        encoded = (encode_part(tokenizer, part, policy, vocab_size) for part in parts)
+        encoded = (encode_rows(tokenizer, part, policy, vocab_size) for part in parts)
     else:
         encoded = _by_processes(tokenizer, parts, policy, vocab_size, processes)
     with (
@@ -152,4 +152,4 @@ _work: tuple[PreTrainedTokenizerFast, Policy, int]
 
 def _run(part: Sequence[Row]) -> Encoded:
     tokenizer, policy, vocab_size = _work
-    return encode_part(tokenizer, part, policy, vocab_size)
+    return encode_rows(tokenizer, part, policy, vocab_size)

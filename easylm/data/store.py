@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -171,8 +174,13 @@ def _is_whole(folder: str) -> bool:
 
 def _make(folder: str, fill: Callable[[ArrayWriter], Mapping[str, Any]]) -> None:
     filled = False
+    _remove_abandoned(folder)
     try:
-        with storage.write_folder(folder) as unfinished, contextlib.ExitStack() as files:
+        with (
+            storage.write_folder(folder) as unfinished,
+            _locked(unfinished),
+            contextlib.ExitStack() as files,
+        ):
             writer = ArrayWriter(unfinished, files)
             manifest = fill(writer)
             whole = {"arrays": writer.close(), **manifest}
@@ -183,6 +191,28 @@ def _make(folder: str, fill: Callable[[ArrayWriter], Mapping[str, Any]]) -> None
         # Another process may have made the same folder meanwhile: one is as good as the other.
         if not (filled and _is_whole(folder)):
             raise
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Holds a lock that ends with this process, however it ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_abandoned(folder: str) -> None:
+    """Deletes what processes that were killed have written of a folder."""
+    parent, name = os.path.split(folder)
+    for left in glob.glob(f"{glob.escape(parent)}/.{name}.*.incomplete"):
+        # One that is younger may be about to be locked.
+        with contextlib.suppress(OSError):
+            if time.time() - os.stat(left).st_mtime > 60:
+                with _locked(left):
+                    shutil.rmtree(left)
 
 
 def _open(folder: str, reused: bool) -> Stored:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from easylm.chat import encode_messages
-from easylm.data.encode import Examples, encode_rows
+from easylm.data.encode import Examples, Policy, encode_rows
 from easylm.data.sources import Row
 from easylm.errors import InputError
 from easylm.tokenizer import load_tokenizer, train_tokenizer
@@ -34,50 +34,45 @@ def random_rows(count):
     return [row(text(40), text(15), f"f:{i}") for i in range(count)]
 
 
-def encode(tokenizer, rows, seq_len, **options):
-    return encode_rows(tokenizer, rows, seq_len=seq_len, vocab_size=330, progress=False, **options)
+def encode(tokenizer, rows, seq_len, too_long="truncate"):
+    return encode_rows(tokenizer, rows, Policy(seq_len, too_long), vocab_size=330)
 
 
 def test_examples_are_the_encoded_rows(tokenizer):
-    rows = random_rows(600)  # more than one call of the tokenizer
-    examples, report = encode(tokenizer, rows, 1000)
-    assert len(examples) == 600
-    for index in range(600):
+    rows = random_rows(100)
+    examples, lengths, truncated, dropped = encode(tokenizer, rows, 1000)
+    assert len(examples) == 100
+    for index in range(100):
         tokens, mask = examples.example(index)
         expected, expected_mask = encode_messages(tokenizer, rows[index].messages)
         assert tokens.tolist() == expected.tolist() and mask.tolist() == expected_mask.tolist()
     assert (examples.tokens.dtype, examples.loss_mask.dtype) == (np.int32, np.uint8)
-    assert (report.rows, report.kept, report.truncated, report.dropped) == (600, 600, 0, {})
-    assert report.tokens == len(examples.tokens)
-    assert report.target_tokens == examples.loss_mask.sum()
-    lengths = examples.lengths
-    assert report.length_mean == pytest.approx(lengths.mean())
-    assert (report.length_min, report.length_max) == (lengths.min(), lengths.max())
-    assert abs(report.length_median - np.median(lengths)) < 1
-    assert "600 rows: 600 examples, 0 of them truncated;" in str(report)
+    assert lengths.tolist() == examples.lengths.tolist()
+    assert (truncated, dropped) == (0, {})
 
 
 def test_too_long_examples(tokenizer):
     rows = random_rows(100)
-    full, _ = encode(tokenizer, rows, 1000)
+    full = encode(tokenizer, rows, 1000).examples
     limit = int(np.median(full.lengths))
     cut = [(t[:limit], m[:limit]) for t, m in map(full.example, range(100))]
     long = full.lengths > limit
     empty = np.array([not m.any() for _, m in cut])
     assert long.any() and (long & empty).any() and (long & ~empty).any()
 
-    examples, report = encode(tokenizer, rows, limit)
+    examples, lengths, truncated, dropped = encode(tokenizer, rows, limit)
     kept = [pair for pair, gone in zip(cut, empty, strict=True) if not gone]
     assert examples.tokens.tolist() == Examples.concatenate(kept).tokens.tolist()
     assert examples.loss_mask.tolist() == Examples.concatenate(kept).loss_mask.tolist()
-    assert report.truncated == (long & ~empty).sum()
-    assert report.dropped == {"no target left after truncation": empty.sum()}
-    assert report.kept == 100 - empty.sum()
-    assert f"{empty.sum()} dropped (no target left after truncation)" in str(report)
+    assert len(examples) == 100 - empty.sum()
+    assert lengths.tolist() == full.lengths.tolist()
+    assert truncated == (long & ~empty).sum()
+    assert dropped == {"no target left after truncation": empty.sum()}
 
-    examples, report = encode(tokenizer, rows, limit, too_long="drop")
+    examples, lengths, truncated, dropped = encode(tokenizer, rows, limit, too_long="drop")
     assert examples.lengths.tolist() == full.lengths[~long].tolist()
-    assert (report.truncated, report.dropped) == (0, {"too long": long.sum()})
+    assert lengths.tolist() == full.lengths.tolist()
+    assert (truncated, dropped) == (0, {"too long": long.sum()})
 
     first = int(np.flatnonzero(long)[0])
     with pytest.raises(InputError) as error:
@@ -89,19 +84,12 @@ def test_too_long_examples(tokenizer):
         encode(tokenizer, rows, limit, too_long="split")
 
 
-def test_nothing_left_is_an_error(tokenizer):
-    with pytest.raises(InputError) as error:
-        encode(tokenizer, random_rows(3), 4)
-    assert "no example is left of 3 rows at data.seq_len=4" in str(error.value)
-    assert "3 no target left after truncation" in str(error.value)
-
-
 def test_id_outside_the_model_names_both_sizes(tokenizer):
     size = len(tokenizer)
     rows = [row("one", "yes", "f:1"), row("one", tokenizer.convert_ids_to_tokens(size - 1), "f:2")]
-    encode_rows(tokenizer, rows, seq_len=99, vocab_size=size, progress=False)
+    encode_rows(tokenizer, rows, Policy(99), vocab_size=size)
     with pytest.raises(InputError) as error:
-        encode_rows(tokenizer, rows, seq_len=99, vocab_size=size - 1, progress=False)
+        encode_rows(tokenizer, rows, Policy(99), vocab_size=size - 1)
     text = str(error.value)
     assert text.startswith("f:2: token ") and f"the tokenizer has {size} ids" in text
     assert f"the model vocab_size={size - 1}" in text

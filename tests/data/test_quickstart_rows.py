@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 import easylm.configs
-from easylm.data.encode import encode_rows
+from easylm.data.encode import Policy, encode_rows
 from easylm.data.sources import read_rows
 from easylm.tokenizer import load_tokenizer, train_tokenizer
 
@@ -54,8 +54,7 @@ def test_short_rows_with_a_tokenizer_of_their_own(files, tmp_path):
     texts = [m["content"] for row in files["train"] for m in row.messages]
     train_tokenizer(texts, 1000, tmp_path / "tokenizer")
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
-    examples, report = encode_rows(
-        tokenizer, files["train"], seq_len=128, vocab_size=1000, progress=False
-    )
-    assert report.kept == len(files["train"]) and report.truncated == 0
-    assert report.length_mean < 45 and len(examples.tokens) < 15_000
+    encoded = encode_rows(tokenizer, files["train"], Policy(128), vocab_size=1000)
+    examples = encoded.examples
+    assert len(examples) == len(files["train"]) and encoded.truncated == 0
+    assert examples.lengths.mean() < 45 and len(examples.tokens) < 15_000

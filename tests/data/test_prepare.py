@@ -1,0 +1,279 @@
+"""Prepared data: keyed by all that decides it, the same for any number of processes."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from easylm.data import prepare as prepare_module
+from easylm.data.encode import Examples
+from easylm.data.parallel import encode_in_parts
+from easylm.data.prepare import open_rows, prepare
+from easylm.errors import InputError
+from easylm.tokenizer import load_tokenizer, train_tokenizer
+
+TEXTS = ["one two three four five six seven", "eight nine ten eleven twelve", "yes no 12 👍"]
+WORDS = " ".join(TEXTS).split()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    train_tokenizer(TEXTS, 330, folder)
+    return load_tokenizer(folder)
+
+
+def write_rows(path, count=40, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def text(most):
+        return " ".join(rng.choice(WORDS, rng.integers(1, most)))
+
+    rows = [{"prompt": text(40), "completion": text(15)} for _ in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer):
+    """`run(sources, ...)`: opens and prepares, in a cache of the test's own."""
+
+    def run(sources, tokenizer=tokenizer, on_bad_row="refuse", seed=0, **options):
+        options = {
+            "cache": str(tmp_path / "cache"),
+            "seq_len": 64,
+            "vocab_size": 330,
+            "too_long": "truncate",
+            "eos_newline": "keep",
+            "special_tokens": "text",
+            "processes": 1,
+            "progress": False,
+            **options,
+        }
+        rows = open_rows(sources, on_bad_row=on_bad_row, seed=seed, cache=options["cache"])
+        return prepare(rows, tokenizer, **options)
+
+    return run
+
+
+def no_reading(*arguments):
+    raise AssertionError("rows were read")
+
+
+def test_examples_and_manifest(run, source, tokenizer):
+    prepared = run(source)
+    rows = prepare_module.read_rows(source).rows
+    parts = [tokenizer.apply_chat_template(row.messages, return_dict=False)[:64] for row in rows]
+    examples, manifest = prepared.examples, prepared.manifest
+    kept = [examples.example(i)[0].tolist() for i in range(len(examples))]
+    assert [tokens for tokens in parts if tokens in kept] == kept
+    assert isinstance(examples.tokens.base, np.memmap)
+    assert manifest.rows == 40 == len(prepared.row_lengths)
+    dropped = manifest.dropped["no target left after truncation"]
+    assert manifest.kept == len(examples) == 40 - dropped > 20
+    assert manifest.truncated == (prepared.row_lengths > 64).sum() - dropped > 0 < dropped
+    assert prepared.row_lengths.max() > 64 >= examples.lengths.max() == manifest.length_max
+    assert manifest.tokens == len(examples.tokens) == examples.lengths.sum()
+    assert manifest.target_tokens == examples.loss_mask.sum()  # the first token is <s>, no target
+    assert manifest.largest_token == examples.tokens.max()
+    assert manifest.length_mean == examples.lengths.mean()
+    assert manifest.length_min == examples.lengths.min()
+    quartiles = manifest.length_q25, manifest.length_median, manifest.length_q75
+    assert quartiles == tuple(np.quantile(examples.lengths, [0.25, 0.5, 0.75]).astype(int))
+    assert manifest.sources.keys() == {source} and manifest.sources[source]["rows"] == 40
+    text = str(manifest)
+    assert f"40 rows of {source}\n40 rows: {len(examples)} examples, " in text
+    assert f"{dropped} dropped (no target left after truncation); " in text
+    stored = json.loads(pathlib.Path(prepared.folder, "manifest.json").read_text())
+    del stored["arrays"]
+    assert stored == dataclasses.asdict(manifest)
+
+
+def test_the_second_run_reads_no_rows(run, source, monkeypatch, tmp_path):
+    first = run(source)
+    monkeypatch.setattr(prepare_module, "read_rows", no_reading)
+    again = run(source)
+    assert again.reused and not first.reused
+    assert again.manifest == first.manifest and again.folder == first.folder
+    assert again.examples.tokens.tolist() == first.examples.tokens.tolist()
+    assert again.examples.loss_mask.tolist() == first.examples.loss_mask.tolist()
+    assert again.examples.fingerprint() == first.examples.fingerprint()
+    # The content counts, not its name.
+    assert run(shutil.copy(source, f"{tmp_path}/other.jsonl")).reused
+
+
+def test_fingerprint_needs_no_tokens(run, source):
+    fingerprint = run(source).examples.fingerprint()
+    nothing = Examples(*[np.zeros(0)] * 3, known_fingerprint=fingerprint)
+    assert nothing.fingerprint() == fingerprint
+
+
+def test_everything_that_decides_is_in_the_key(run, source, tmp_path, tokenizer):
+    own = load_tokenizer_with(
+        tokenizer, template=tokenizer.chat_template.replace("<|user|>", "<|human|>")
+    )
+    smaller = tmp_path / "smaller"
+    train_tokenizer(TEXTS, 325, smaller)
+    second = write_rows(tmp_path / "second.jsonl", seed=1)
+    variants = [
+        run(source),
+        run(second),
+        run(f"{source},{second}"),
+        run(f"{second},{source}"),
+        run(f"{source},{source}"),
+        run(f"{source}@20"),
+        run(f"{source}@20", seed=1),
+        run(f"{source}@0.5", seed=1),
+        run(source, on_bad_row="skip"),
+        run(source, seq_len=65),
+        run(source, too_long="drop"),
+        run(source, eos_newline="strip"),
+        run(source, special_tokens="parse"),
+        run(source, tokenizer=own),
+        run(source, tokenizer=load_tokenizer(smaller)),
+    ]
+    assert not any(prepared.reused for prepared in variants)
+    assert len({prepared.folder for prepared in variants}) == len(variants)
+    assert run(f"{source}@20").examples.tokens.tolist() == variants[5].examples.tokens.tolist()
+    assert run(source, seed=1).reused  # decides nothing here
+    assert run(source, processes=2).reused
+
+
+def load_tokenizer_with(tokenizer, template):
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+def test_bad_rows_are_reported_when_rows_are_opened(source, tmp_path, run):
+    with open(source, "a") as file:
+        file.write('{"prompt": "one"}\n')
+    cache = str(tmp_path / "cache")
+    with pytest.raises(InputError, match=r"1 of 41 rows of data\.sources are bad"):
+        open_rows(source, on_bad_row="refuse", seed=0, cache=cache)
+    manifest = run(source, on_bad_row="skip").manifest
+    assert manifest.skipped == {"text is missing": 1} and manifest.rows == 40
+    assert "1 rows skipped: text is missing" in str(manifest)
+
+
+def test_changing_sources_are_refused(source, tmp_path, monkeypatch):
+    read = prepare_module.read_rows
+
+    def read_while_it_grows(*arguments):
+        rows = read(*arguments)
+        with open(source, "a") as file:
+            file.write('{"prompt": "one", "completion": "two"}\n')
+        return rows
+
+    monkeypatch.setattr(prepare_module, "read_rows", read_while_it_grows)
+    with pytest.raises(InputError, match="changed while it was read"):
+        open_rows(source, on_bad_row="refuse", seed=0, cache=str(tmp_path / "cache"))
+
+
+def test_nothing_left_is_an_error_and_leaves_nothing(run, source, tmp_path):
+    with pytest.raises(InputError) as error:
+        run(source, seq_len=4)
+    assert "no example is left of 40 rows at data.seq_len=4" in str(error.value)
+    assert "40 no target left after truncation" in str(error.value)
+    assert [files for _, _, files in os.walk(tmp_path / "cache") if files] == []
+
+
+def test_a_smaller_model_is_refused_on_prepared_data_too(run, source, tokenizer):
+    for _ in range(2):
+        largest = run(source).manifest.largest_token
+        with pytest.raises(InputError, match=f"has id {largest}: .* vocab_size={largest}"):
+            run(source, vocab_size=largest)
+
+
+def test_any_number_of_processes_gives_the_same(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("easylm.data.parallel._ROWS", 7)  # several parts for each
+    rows = prepare_module.read_rows(write_rows(tmp_path / "rows.jsonl", 100)).rows
+    policy = prepare_module.Policy(64)
+    one, two = (
+        list(encode_in_parts(tokenizer, rows, policy, 330, processes=count, progress=False))
+        for count in (1, 2)
+    )
+    assert len(one) == len(two) == 15
+    for part, other in zip(one, two, strict=True):
+        assert part.examples.tokens.tolist() == other.examples.tokens.tolist()
+        assert part.examples.loss_mask.tolist() == other.examples.loss_mask.tolist()
+        assert part.examples.offsets.tolist() == other.examples.offsets.tolist()
+        assert part.row_lengths.tolist() == other.row_lengths.tolist()
+        assert part[2:] == other[2:]
+
+
+def test_the_first_bad_row_is_named_by_any_number_of_processes(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("easylm.data.parallel._ROWS", 7)
+    path = write_rows(tmp_path / "rows.jsonl", 60)
+    rows = prepare_module.read_rows(path).rows
+    for place in (30, 50):
+        rows[place].messages[0]["content"] = "</s>\ufdd0"
+    for count in (1, 2):
+        with pytest.raises(InputError, match=r"^.*rows\.jsonl:31: the content has a Unicode non"):
+            parts = encode_in_parts(
+                tokenizer, rows, prepare_module.Policy(64), 330, processes=count, progress=False
+            )
+            list(parts)
+
+
+ENDLESS = """
+import sys
+from easylm.data import parallel
+from easylm.data.encode import Policy
+from easylm.data.sources import Row
+from easylm.tokenizer import load_tokenizer
+
+def main():
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    rows = [Row(turns, f"f:{i}") for i in range(1_000_000)]
+    tokenizer = load_tokenizer(sys.argv[1])
+    parts = parallel.encode_in_parts(tokenizer, rows, Policy(64), 330, processes=2, progress=False)
+    if sys.argv[2] == "starting":
+        print("started", flush=True)
+    for part in parts:
+        print("started", flush=True)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize("moment", ["starting", "encoding"])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_processes_end_quietly(tokenizer, tmp_path, sent, moment):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "endless.py"), str(tmp_path / "tokenizer"), moment],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    assert process.stdout.readline() == "started\n"
+    if moment == "starting":
+        time.sleep(0.3)  # two processes are being started
+    if sent == signal.SIGINT:
+        os.killpg(process.pid, sent)  # what a terminal does on Ctrl-C
+    else:
+        process.send_signal(sent)
+    # Ends when no process has the pipes open any more: all of them are gone.
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -sent
+    assert errors.count("Traceback") == (sent == signal.SIGINT)
