@@ -3,21 +3,48 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
+import sentencepiece as sentencepiece_library
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from easylm.chat import TULU, encode_conversations, encode_messages
+from easylm.chat import TULU, check_eos_newline, encode_conversations, encode_messages
+from easylm.converters.export import export_hf
 from easylm.data.show import format_example
 from easylm.errors import InputError
+from easylm.models.llama.config import LlamaConfig
+from easylm.models.llama.model import init_params
 from easylm.tokenizer import load_tokenizer, tokenizer_files, train_tokenizer
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
-    "+ '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+# What stands before each message, what is said, what stands after it, the generation prompt.
+FORMATS = {
+    "ChatML": (
+        "{{ '<|im_start|>' + message['role'] + '\\n' }}",
+        "{{ message['content'] + '<|im_end|>' }}",
+        "{{ '\\n' }}",
+        "{{ '<|im_start|>assistant\\n' }}",
+    ),
+    "Llama 3": (
+        "{% if loop.first %}{{ bos_token }}{% endif %}"
+        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}",
+        "{{ message['content'] | trim + '<|eot_id|>' }}",
+        "",
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}",
+    ),
+}
+
+
+def template_of(name, generation_block=False):
+    before, said, after, prompt = FORMATS[name]
+    if generation_block:
+        block = f"{{% generation %}}{said}{{% endgeneration %}}"
+        said = f"{{% if message['role'] == 'assistant' %}}{block}{{% else %}}{said}{{% endif %}}"
+    turns = f"{{% for message in messages %}}{before}{said}{after}{{% endfor %}}"
+    return f"{turns}{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
+
+
 TEXT = "what is the plan? naïve café ☃ 😀 你好 1234 x = [1, 2];\n\n  indented 'quoted' e\u0301"
 WORDS = TEXT.split(" ")
 
@@ -69,6 +96,7 @@ def byte_level(texts):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    special += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
@@ -103,6 +131,24 @@ def test_tulu_text_is_the_papers(sentencepiece):
     assert prompt == "<s><|user|>\nq1\n<|assistant|>\na1</s>\n<|user|>\nq2\n<|assistant|>\n"
 
 
+def test_tulu_is_rendered_as_jinja_renders_it(tokenizer):
+    conversations = [
+        *CONVERSATIONS,
+        *random_conversations(20),
+        turns(" \u2003\x1cx\x85 ", "\u200b y \ufeff", "\r\n", "\x00 </s> <s>"),
+        [{"role": role, "content": role} for role in ("assistant", "user", "system", "assistant")],
+        [],
+    ]
+    plain = encode_conversations(tokenizer, conversations, special_tokens="parse")
+    wanted = tokenizer.apply_chat_template(
+        conversations, return_dict=True, return_assistant_tokens_mask=True
+    )
+    for (tokens, mask), ids, by_jinja in zip(
+        plain, wanted["input_ids"], wanted["assistant_masks"], strict=True
+    ):
+        assert tokens.tolist() == ids and mask.tolist() == by_jinja
+
+
 def test_tulu_refuses_a_role_it_does_not_know(sentencepiece):
     with pytest.raises(InputError, match="unknown role: tool"):
         encode_messages(sentencepiece, [{"role": "tool", "content": "x"}])
@@ -121,6 +167,50 @@ def test_ids_and_mask_equal_the_exported_template(tokenizer, tmp_path):
         alone, alone_mask = encode_messages(tokenizer, messages)
         assert alone.tolist() == tokens.tolist() and alone_mask.tolist() == mask.tolist()
         assert tokens.tolist().count(tokenizer.bos_token_id) == 1
+
+
+NINE = [
+    turns("Hi, who are you?", "A small model.", "And I?", "A patient person.", system="Be brief."),
+    turns(*(f"{who} {turn}" for turn in range(12) for who in ("Question", "Answer"))),
+    turns("Say café ☃ 😀 你好", "café ☃ 😀 你好\n\n👨‍👩‍👧 🇫🇮", "e\u0301 or é?", "ﬁ ½ Straße 😀"),
+    turns("  leading and trailing  ", "\t ok \n\n", "\u00a0x\u2003", " y\r\n", system=" s "),
+    turns("Code?", "def f(x):\n    return x ** 2\n\n\nprint(f(3))", "More", "```\n\tgo()\n```"),
+    turns(
+        "\n\nbegins below", "\nso does this", "\n\n", "\n1. a\n2. b\n", system="\nRules:\n- none"
+    ),
+    turns("?", "!", "a", "b", "1", "."),
+    turns("12345678901234567890 + 1?", "12345678901234567891", "007", "3.14159e-10 ٣٤٥ ²³"),
+    turns("ignore <|assistant|>\nfake", "I saw <|user|>\n here", "<0x0A> ▁x▁ \\n", "[INST] <pad>"),
+]
+READ_IN_446 = """
+import json, os, sys
+os.environ["USE_TORCH"] = "0"
+import transformers
+assert transformers.__version__.startswith("4.46")
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+chats = json.load(open(sys.argv[2]))
+print(json.dumps([tokenizer.apply_chat_template(chat, return_dict=False) for chat in chats]))
+"""
+
+
+@pytest.mark.slow
+def test_training_ids_are_the_exports_in_transformers_5_and_446(
+    tokenizer, tmp_path, transformers_446
+):
+    model = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=4, max_position_embeddings=64,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    params = init_params(model, jax.random.key(0), "float32")
+    files = tokenizer_files(tokenizer)
+    folder, chats = tmp_path / "hf", tmp_path / "chats.json"
+    export_hf(params, model, str(folder), dtype="float32", tokenizer_files=files, model_card="")
+    chats.write_text(json.dumps(NINE))
+    trained = [tokens.tolist() for tokens, _ in encode_conversations(tokenizer, NINE)]
+    exported = AutoTokenizer.from_pretrained(folder)
+    assert trained == exported.apply_chat_template(NINE, return_dict=False)
+    assert trained == json.loads(transformers_446(READ_IN_446, folder, chats))
 
 
 def test_mask_is_what_the_assistant_says_and_its_end_of_turn(tokenizer):
@@ -152,6 +242,19 @@ def test_special_token_text_in_contents_stays_text(tokenizer):
     assert again.tolist() == tokenizer.apply_chat_template(ordinary, return_dict=False)
 
 
+def test_special_token_text_in_contents_is_parsed_on_request(tokenizer):
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    messages = turns("a </s> b", "c <s> d</s>", "e", "f")
+    [(tokens, mask)] = encode_conversations(tokenizer, [messages], special_tokens="parse")
+    assert tokens.tolist() == tokenizer.apply_chat_template(messages, return_dict=False)
+    found = [(t, on) for t, on in zip(tokens, mask, strict=True) if t in (bos, eos)]
+    assert found == [(bos, 0), (eos, 0), (bos, 1), (eos, 1), (eos, 1), (eos, 1)]
+    [(as_text, _)] = encode_conversations(tokenizer, [messages], special_tokens="text")
+    assert [t for t in as_text if t in (bos, eos)] == [bos, eos, eos]
+    with pytest.raises(InputError, match="special_tokens: found 'drop'; wanted 'text' or 'parse'"):
+        encode_conversations(tokenizer, [messages], special_tokens="drop")
+
+
 def test_literal_encoding_equals_the_ordinary_one_elsewhere(tokenizer):
     """A special token spelled in the last message leaves the ids before it as they were."""
     for messages in random_conversations(20):
@@ -162,6 +265,113 @@ def test_literal_encoding_equals_the_ordinary_one_elsewhere(tokenizer):
         assert literal_mask[:shared].tolist() == ordinary_mask[:shared].tolist()
         assert literal[-1] == ordinary[-1] == tokenizer.eos_token_id
         assert literal_mask[shared:].all()
+
+
+@pytest.fixture(scope="module")
+def model_file(texts, tmp_path_factory):
+    """A sentencepiece model made as LLaMA's was, without any help from easylm."""
+    prefix = tmp_path_factory.mktemp("library") / "tokenizer"
+    sentencepiece_library.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts for line in text.splitlines()),
+        model_prefix=str(prefix),
+        model_type="bpe",
+        vocab_size=500,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+    )
+    return prefix.with_suffix(".model")
+
+
+class SlowLlama:
+    """What transformers 4.31 and EasyLM made of Tülu's format, from sentencepiece itself.
+
+    They cut the text at special tokens, which take the white space beside them away; what is left
+    between them goes to sentencepiece piece by piece. Masks are lengths of encoded prefixes.
+    """
+
+    def __init__(self, model_file, bos="<s>", eos="</s>"):
+        self.library = sentencepiece_library.SentencePieceProcessor(model_file=str(model_file))
+        self.bos, self.eos = bos, eos
+        self.ids = {bos: self.library.bos_id(), eos: self.library.eos_id()}
+
+    def encode(self, text):
+        pieces = re.split("(" + "|".join(self.ids) + ")", text)
+        ids = []
+        for index, piece in enumerate(pieces):
+            if index % 2:
+                ids.append(self.ids[piece])
+                continue
+            piece = piece.lstrip() if index > 0 else piece
+            ids += self.library.encode(piece.rstrip() if index < len(pieces) - 1 else piece)
+        return ids
+
+    def example(self, messages):
+        text, seams = self.bos, []
+        for message in messages:
+            text += f"<|{message['role']}|>\n"
+            seams.append(len(self.encode(text)))
+            is_answer = message["role"] == "assistant"
+            text += message["content"].strip() + (f"{self.eos}\n" if is_answer else "\n")
+            seams.append(len(self.encode(text)))
+        ids = self.encode(text.strip())
+        mask = np.zeros(len(ids), int)
+        for message, start, end in zip(messages, seams[::2], seams[1::2], strict=True):
+            mask[start:end] = message["role"] == "assistant"
+        return ids, mask.tolist()
+
+
+def test_stripped_newlines_are_those_of_the_slow_llama_tokenizer(model_file):
+    tokenizer, slow = load_tokenizer(model_file), SlowLlama(model_file)
+    conversations = CONVERSATIONS + random_conversations(40)
+    encoded = encode_conversations(tokenizer, conversations, eos_newline="strip")
+    for messages, (tokens, mask) in zip(conversations, encoded, strict=True):
+        assert (tokens.tolist(), mask.tolist()) == slow.example(messages)
+    tokens, mask = encoded[1]
+    pieces = tokenizer.convert_ids_to_tokens(tokens)
+    end = pieces.index("</s>")
+    assert pieces[end + 1].startswith("▁<") and mask[end] == 1 and not mask[end + 1]
+    kept, _ = encode_messages(tokenizer, conversations[1])
+    assert tokenizer.convert_ids_to_tokens(kept)[end + 1 : end + 3] == ["▁", "<0x0A>"]
+
+
+def test_stripped_newlines_where_contents_spell_special_tokens(model_file):
+    tokenizer = load_tokenizer(model_file)
+    conversations = [
+        turns("a </s> b", "what\n<s>\n is", "</s> x \n </s>", "a</s>"),
+        turns("</s>", "\n</s> <s>\n", system=" <s> "),
+    ]
+    # A spelling that no content has: special tokens stand only where the format puts them.
+    slow = SlowLlama(model_file, bos="\ue000", eos="\ue001")
+    for messages in conversations:
+        [(tokens, mask)] = encode_conversations(tokenizer, [messages], eos_newline="strip")
+        assert (tokens.tolist(), mask.tolist()) == slow.example(messages)
+        [(tokens, _)] = encode_conversations(
+            tokenizer, [messages], eos_newline="strip", special_tokens="parse"
+        )
+        assert tokens.tolist() == SlowLlama(model_file).example(messages)[0]
+
+
+def test_newlines_are_stripped_for_tulu_with_llamas_tokenizer_alone(model_file, byte_level):
+    message = r"eos_newline: found 'strip' with a tokenizer that is not LLaMA's .*; wanted 'keep'"
+    with pytest.raises(InputError, match=message):
+        encode_conversations(byte_level, CONVERSATIONS, eos_newline="strip")
+    llamas = load_tokenizer(model_file)
+    check_eos_newline(llamas, "strip")
+    other = with_template(llamas, TULU + " ")
+    with pytest.raises(InputError, match=r"found 'strip' with a chat template that is not Tülu's"):
+        check_eos_newline(other, "strip")
+    with pytest.raises(InputError, match=r"eos_newline: found 'drop'; wanted 'keep' or 'strip'"):
+        check_eos_newline(llamas, "drop")
+    # The same vocabulary, without the space that sentencepiece puts before every text.
+    state = json.loads(llamas.backend_tokenizer.to_str())
+    state["normalizer"] = state["normalizer"]["normalizers"][1]
+    llamas._tokenizer = Tokenizer.from_str(json.dumps(state))
+    with pytest.raises(InputError, match="not LLaMA's of sentencepiece"):
+        check_eos_newline(llamas, "strip")
 
 
 def test_noncharacters_cannot_forge_a_special_token(sentencepiece):
@@ -181,13 +391,23 @@ def test_mask_has_every_byte_of_a_last_character(tokenizer):
     assert own.decode(tokens[mask == 1]) == "what 🦜"
 
 
-def test_template_without_generation_block_by_its_prefixes(byte_level):
-    chatml = with_template(byte_level, CHATML)
-    messages = turns("Hi", "Hello there!", "Again", "Bye 😀", system="Be brief.")
-    tokens, mask = encode_messages(chatml, messages)
-    assert tokens.tolist() == chatml.apply_chat_template(messages, return_dict=False)
-    marked = format_example(chatml, tokens, mask, color=False)
-    assert re.findall(r"\[\[(.*?)\]\]", marked) == ["Hello there!<|im_end|>", "Bye 😀<|im_end|>"]
+@pytest.mark.parametrize("name", FORMATS)
+def test_generation_block_and_prefixes_train_the_same(byte_level, name):
+    by_prefix = with_template(byte_level, template_of(name))
+    by_block = with_template(byte_level, template_of(name, generation_block=True))
+    end = {"ChatML": "<|im_end|>", "Llama 3": "<|eot_id|>"}[name]
+    conversations = CONVERSATIONS + random_conversations(10)
+    by_blocks = encode_conversations(by_block, conversations)
+    encoded = encode_conversations(by_prefix, conversations)
+    for messages, (tokens, mask), of_block in zip(conversations, encoded, by_blocks, strict=True):
+        assert tokens.tolist() == by_prefix.apply_chat_template(messages, return_dict=False)
+        assert tokens.tolist() == of_block[0].tolist() and mask.tolist() == of_block[1].tolist()
+        marked = format_example(by_prefix, tokens, mask, color=False)
+        trained = re.findall(r"\[\[(.*?)\]\]", marked, re.DOTALL)
+        assert all(text.endswith(end) for text in trained)
+        # Byte-level pairs join the header's newline and one that an answer begins with.
+        said = [m["content"].strip() for m in messages if m["role"] == "assistant"]
+        assert [text.removesuffix(end).strip() for text in trained] == said
 
 
 def test_template_without_the_prefix_property_is_refused(byte_level):

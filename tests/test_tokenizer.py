@@ -264,7 +264,7 @@ BAD_FOLDERS = {
         "/chat_template.jinja: not UTF-8 text",
     ),
     "no model": (
-        lambda folder: changed(folder, "tokenizer.json", '{"model": {"type": "BPE"}}'),
+        lambda folder: changed(folder, "tokenizer.json", '{"added_tokens": [], "model": {}}'),
         "the tokenizer files cannot be read: ",
     ),
     "an odd token": (

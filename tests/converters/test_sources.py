@@ -128,7 +128,12 @@ def test_options_that_do_not_fit_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "config.json: not valid JSON"), ("[]", "config.json: found a list; wanted a JSON obj")],
+    [
+        ("{", "config.json: not valid JSON"),
+        ("[" * 100_000, "config.json: not valid JSON: maximum recursion depth"),
+        ("9" * 5000, "config.json: not valid JSON: Exceeds the limit"),
+        ("[]", "config.json: found a list; wanted a JSON obj"),
+    ],
 )
 def test_a_broken_config_is_named(tmp_path, text, message):
     save_safetensors(tmp_path)
