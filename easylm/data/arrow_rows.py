@@ -70,11 +70,12 @@ def _unreadable(path: str, error: Exception) -> InputError:
 def _values(batches: Iterator[pyarrow.RecordBatch], path: str) -> Values:
     number = 0
     for batch in batches:
-        for value, problem in _rows(batch, path):
-            number += 1
-            if value is not None:
-                value, problem = plain_row(value)
-            yield f"{path}:row {number}", value, problem
+        for start in range(0, batch.num_rows, _BATCH_ROWS):
+            for value, problem in _rows(batch.slice(start, _BATCH_ROWS), path):
+                number += 1
+                if value is not None:
+                    value, problem = plain_row(value)
+                yield f"{path}:row {number}", value, problem
 
 
 def _rows(

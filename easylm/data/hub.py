@@ -99,5 +99,6 @@ def hub_files(name: str, split: str | None) -> list[str]:
 
 
 def _cause(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    # What the library says first is often only that something went wrong, and the second line why.
+    lines = [line for cause in (error, error.__cause__) if cause for line in str(cause).split("\n")]
+    return " ".join(line.strip() for line in lines[:2]) or type(error).__name__

@@ -29,11 +29,11 @@ def find_builder(path: str) -> tuple[str, str | None]:
         InputError: it is not prepared where TFDS keeps datasets, `~/tensorflow_datasets` or
             `TFDS_DATA_DIR`.
     """
-    from tensorflow_datasets.core import read_only_builder, registered
-
     found = _NAME.fullmatch(path.removeprefix("tfds:"))
     if not found:
         raise InputError(f"{path}: wanted tfds:NAME[/CONFIG][:VERSION][:split]")
+    from tensorflow_datasets.core import read_only_builder, registered
+
     try:
         return str(read_only_builder.builder_from_files(found[1]).data_dir), found[2]
     except registered.DatasetNotFoundError as error:
