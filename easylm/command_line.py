@@ -23,7 +23,12 @@ class CommandLine(NamedTuple, Generic[_Config]):
 
 
 def parse_command_line(
-    argv: Sequence[str], config_class: type[_Config], program: str, description: str
+    argv: Sequence[str],
+    config_class: type[_Config],
+    program: str,
+    description: str,
+    *,
+    workdir_required: bool = True,
 ) -> CommandLine[_Config]:
     """Reads `--config=PATH|NAME --workdir=DIR [--config.FIELD=VALUE ...]`; the last value wins.
 
@@ -35,6 +40,7 @@ def parse_command_line(
       config_class: the dataclass that the config fills.
       program: what is typed to start the command.
       description: what it does, for --help.
+      workdir_required: whether --workdir must be given; else it may be empty.
     Raises:
       InputError: an unknown option, or anything that `load` and `from_config_dict` refuse.
     """
@@ -45,11 +51,13 @@ def parse_command_line(
     for argument in overrides:
         _override(config, argument, kinds)
     if named.help:
-        _print_help(program, description, config_class, config, file)
+        workdir = "--workdir=DIR" if workdir_required else "[--workdir=DIR]"
+        usage = f"usage: {program} --config=PATH|NAME {workdir} [--config.FIELD=VALUE ...]"
+        _print_help(usage, description, config_class, config, file)
     if file is None:
         raise InputError(f"--config: not given; wanted a path or a name. See {program} --help")
     checked = from_config_dict(config_class, config)
-    if not named.workdir:
+    if workdir_required and not named.workdir:
         raise InputError("--workdir: not given; wanted a folder (local or gs://) for the results")
     return CommandLine(checked, os.path.expanduser(named.workdir))
 
@@ -99,13 +107,12 @@ def _override(config: config_dict.ConfigDict, argument: str, kinds: dict[str, Ki
 
 
 def _print_help(
-    program: str,
+    usage: str,
     description: str,
     config_class: type,
     config: config_dict.ConfigDict,
     file: ConfigFile | None,
 ) -> NoReturn:
-    usage = f"usage: {program} --config=PATH|NAME --workdir=DIR [--config.FIELD=VALUE ...]"
     parts = [_fill(usage, "", "         "), description.strip()]
     if file:
         parts += [f"{file.path}:", file.docstring.strip()]

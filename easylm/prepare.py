@@ -1,0 +1,80 @@
+"""Data alone: checks every row, encodes them, counts, and draws their lengths.
+
+python -m easylm.prepare --config=sft/quickstart [--workdir=DIR] [--config.FIELD=VALUE ...]
+
+What it prepares is kept in data.cache; training with the same data starts from there.
+Without --workdir, the counts and the picture go there too.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+
+from easylm.command import run_command, say
+from easylm.command_line import parse_command_line
+from easylm.config import write_json
+from easylm.data.pack import pack
+from easylm.data.prepare import Manifest, Prepared
+from easylm.start import model_config, open_data, open_tokenizer, open_weights, prepare_data
+from easylm.trainers.config import SftConfig
+from easylm.workdir import has_checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What is written beside the picture.
+
+    Attributes:
+      manifest: of the prepared data.
+      packed_rows: rows of seq_len that hold one epoch.
+      packed_fill: the share of them that is tokens and not padding.
+      padded_fill: the same with one example in each row.
+    """
+
+    manifest: Manifest
+    packed_rows: int
+    packed_fill: float
+    padded_fill: float
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prepares the data of a config and says what it is like."""
+    program = "python -m easylm.prepare"
+    config, workdir = parse_command_line(argv, SftConfig, program, __doc__, workdir_required=False)
+    workdir = workdir.rstrip("/")
+    rows = open_data(config)
+    weights = open_weights(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = workdir or scratch  # keeps a tokenizer that is trained on the data
+        going_on = has_checkpoints(folder)  # of a run, whose tokenizer stays as it is
+        tokenizer = open_tokenizer(config, folder, rows["data"], weights, going_on=going_on)
+    model = model_config(config, weights, tokenizer)
+    for name in rows:
+        prepared = prepare_data(config, rows[name], tokenizer, model)
+        describe(prepared, config.seed, workdir or prepared.folder, name)
+
+
+def describe(prepared: Prepared, seed: int, folder: str, name: str) -> None:
+    """Says how full rows are, and writes FOLDER/NAME.json and FOLDER/plots/NAME_lengths.png."""
+    from easylm.plots import plot_lengths  # matplotlib, which --help does without
+
+    examples, seq_len = prepared.examples, prepared.manifest.seq_len
+    tokens = int(examples.lengths.sum())
+    rows = len(pack(examples.lengths, seq_len, seed, epoch=0))
+    description = Description(
+        manifest=prepared.manifest,
+        packed_rows=rows,
+        packed_fill=tokens / (rows * seq_len),
+        padded_fill=tokens / (len(examples) * seq_len),
+    )
+    say(
+        f"packed: {rows:,} rows of {seq_len:,} tokens, {description.packed_fill:.1%} filled; one "
+        f"example a row: {len(examples):,} rows, {description.padded_fill:.1%} filled"
+    )
+    picture = plot_lengths(prepared.row_lengths, seq_len, f"{folder}/plots/{name}_lengths.png")
+    write_json(description, f"{folder}/{name}.json")
+    say(f"wrote {folder}/{name}.json and {picture}")
+
+
+if __name__ == "__main__":
+    run_command(main)
