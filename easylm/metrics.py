@@ -210,6 +210,10 @@ class ProgressBar:
         text = f"loss {record['loss']:.4g} {rate} tok/s{mfu} "
         self._bar.set_description_str(text, refresh=False)
 
+    def note(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._bar.write(text, file=sys.stderr)
+
     def close(self) -> None:
         """Leaves the line as it is."""
         self._bar.close()

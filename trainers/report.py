@@ -53,6 +53,12 @@ class Reporter:
         if step % self._every == 0 or is_last or "eval/loss" in record:
             for writer in self._writers:
                 writer.write(record)
+        if "eval/loss" in record:
+            targets, seconds = record["eval/target_tokens"], record["eval/seconds"]
+            self._bar.note(
+                f"step {step}: loss {record['eval/loss']:.4f} on {targets:,.0f} held-out tokens, "
+                f"evaluated in {seconds:.1f} s"
+            )
         self._bar.show(record)
         self._bar.step()
 

@@ -17,7 +17,7 @@ import easylm.configs
 from easylm.config import to_config_dict
 from easylm.trainers.config import SftConfig
 
-EXAMPLES = pathlib.Path(easylm.configs.__file__).parent / "quickstart" / "train.jsonl"
+EXAMPLES = pathlib.Path(easylm.configs.__file__).parent / "quickstart"
 
 
 def get_config():
@@ -27,6 +27,7 @@ def get_config():
     config.batch_rows = 8
     config.compute_dtype = "float32"
     config.remat = "none"
+    config.eval_every = 60
 
     config.model.hidden_size = 192
     config.model.intermediate_size = 512
@@ -34,7 +35,8 @@ def get_config():
     config.model.num_attention_heads = 4
     config.model.max_position_embeddings = 512
 
-    config.data.sources = str(EXAMPLES)
+    config.data.sources = str(EXAMPLES / "train.jsonl")
+    config.data.eval_sources = str(EXAMPLES / "eval.jsonl")
     config.data.tokenizer_vocab_size = 1000
     config.data.seq_len = 256
 
