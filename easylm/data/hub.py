@@ -81,6 +81,12 @@ def hub_files(name: str, split: str | None) -> list[str]:
     repository, config = _NAME.fullmatch(name).groups()
     try:
         splits = datasets.load_dataset(repository, config)
+    except datasets.exceptions.DatasetGenerationError as error:
+        cause = _one_line(error.__cause__ or error)
+        raise InputError(
+            f"{name}: was downloaded, but its files are damaged or do not go together ({cause}); "
+            "download them and name those that are good"
+        ) from error
     except (
         datasets.exceptions.DatasetsError,
         errors.HfHubHTTPError,
@@ -91,14 +97,13 @@ def hub_files(name: str, split: str | None) -> list[str]:
     ) as error:
         raise InputError(
             f"{name}: no such file or folder here, and the Hugging Face hub gave no dataset of "
-            f"that name ({_cause(error)}). Check the spelling (owner/name[/config][:split]), the "
-            "network, HF_ENDPOINT, and for a private or gated dataset HF_TOKEN"
+            f"that name ({_one_line(error)}). Check the spelling (owner/name[/config][:split]), "
+            "the network, HF_ENDPOINT, and for a private or gated dataset HF_TOKEN"
         ) from error
     rows = splits[choose_split(name, split, list(splits))]
     return [file["filename"] for file in rows.cache_files]
 
 
-def _cause(error: BaseException) -> str:
-    # What the library says first is often only that something went wrong, and the second line why.
-    lines = [line for cause in (error, error.__cause__) if cause for line in str(cause).split("\n")]
-    return " ".join(line.strip() for line in lines[:2]) or type(error).__name__
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -375,6 +375,8 @@ def test_several_sources_with_counts_and_fractions(tmp_path):
     assert half[:5] != half[5:]
     with pytest.raises(InputError, match=r"a.jsonl@11: wanted 11 rows; found 10 valid ones"):
         read_rows(f"{a}@11")
+    with pytest.raises(InputError, match=r"a.jsonl@0.01: wanted 0 rows; found 10 valid ones"):
+        read_rows(f"{a}@0.01,{b}")
 
 
 def test_source_grammar(tmp_path):

@@ -50,7 +50,7 @@ def rows(*names):
 
 
 def write_repositories(folder):
-    """org/plain of parquet with two splits, org/two with two configs, org/bad of broken JSON."""
+    """org/plain of parquet with two splits, org/two with two configs, and three that are no good."""
     plain = folder / "org" / "plain" / "data"
     plain.mkdir(parents=True)
     parquet.write_table(
@@ -67,10 +67,25 @@ def write_repositories(folder):
         configs.append(f'{{config_name: {config}, data_files: [{{split: dev, path: "{path}"}}]}}')
     readme = f"---\nconfigs: [{', '.join(configs)}]\n---\n"
     (folder / "org" / "two" / "README.md").write_text(readme)
-    (folder / "org" / "bad").mkdir()
-    (folder / "org" / "bad" / "train.jsonl").write_text('{"prompt": "a"}\n{"prompt": 5, "x"\n')
+    for name, line in {"bad": '{"prompt": 5, "x"', "late": '{"a": 1}'}.items():
+        (folder / "org" / name / "train").mkdir(parents=True)
+        good = json.dumps(rows("a")[0])
+        (folder / "org" / name / "train" / "0.jsonl").write_text(f"{good}\n")
+        (folder / "org" / name / "train" / "1.jsonl").write_text(f"{good}\n{line}\n")
     (folder / "org" / "empty").mkdir()
     (folder / "org" / "empty" / "README.md").write_text("nothing")
+
+
+REFUSED = {
+    "org/plain:dev": "org/plain: no split 'dev'; it has 'test', 'train'. Write org/plain:test",
+    "org/two/one": "no split is named and none is called 'train'; it has 'dev'. Write org/two/one:",
+    "org/two": "Please pick one among the available configs: ['one', 'two']",
+    "org/two/three": "BuilderConfig 'three' not found. Available: ['one', 'two']",
+    "org/none": "Dataset 'org/none' doesn't exist on the Hub or cannot be accessed.). Check the s",
+    "org/empty": "doesn't contain any data files). Check the spelling (owner/name[/config][:split])",
+    "org/bad": "its files are damaged or do not go together (No ':' found when decoding",
+    "org/late": "its files are damaged or do not go together (Couldn't cast prompt: string",
+}
 
 
 def test_datasets_of_the_hub(tmp_path):
@@ -78,34 +93,21 @@ def test_datasets_of_the_hub(tmp_path):
     good = ["org/plain", "org/plain:test", "org/two/one:dev", "org/two/two:dev", "org/plain@2"]
     with running_hub(tmp_path / "hub") as endpoint:
         train, test, one, two, part = read(good, tmp_path / "home", endpoint)
-        bad = ["org/plain:dev", "org/two", "org/two/three", "org/two/one", "org/none", "org/bad"]
-        said = read([*bad, "org/empty"], tmp_path / "home", endpoint)
+        said = read(REFUSED, tmp_path / "home", endpoint)
     assert train[0] == [[f"org/plain:row {i}", name] for i, name in enumerate("abc", 1)]
     assert test[0] == [["org/plain:test:row 1", "t"]]
     assert one[0] == [["org/two/one:dev:row 1", "one"]]
     assert two[0] == [["org/two/two:dev:row 1", "two"]]
     assert len(part[0]) == 2 and part[1] == train[1]
     assert len({found[1] for found in (train, test, one, two)}) == 4
-    parts = [
-        "org/plain: no split 'dev'; it has 'test', 'train'. Write org/plain:test",
-        "pick one among the available configs: ['one', 'two']",
-        "BuilderConfig 'three' not found. Available: ['one', 'two']",
-        "org/two/one: no split is named and none is called 'train'; it has 'dev'. Write",
-        "'org/none' doesn't exist on the Hub or cannot be accessed",
-        "No ':' found when decoding object value",
-        "doesn't contain any data files",
-    ]
-    for part, message in zip(parts, said, strict=True):
-        assert part in message
-    for message in said[4:]:
-        assert message.startswith("org/") and "no such file or folder here, and the Hugg" in message
-        assert (
-            "Check the spelling (owner/name[/config][:split]), the network, HF_ENDPOINT" in message
-        )
+    for (name, part), message in zip(REFUSED.items(), said, strict=True):
+        assert message.startswith(name.partition(":")[0]) and part in message
     # What was downloaded is there without the network; the rest is an error that says so.
     again = read([good[0], good[2], "org/other"], tmp_path / "home", offline=True)
     assert again[:2] == [train, one]
+    assert again[2].startswith("org/other: no such file or folder here, and the Hugging Face hub")
     assert "Couldn't reach 'org/other' on the Hub (OfflineModeIsEnabled)" in again[2]
+    assert "the network, HF_ENDPOINT, and for a private or gated dataset HF_TOKEN" in again[2]
 
 
 @pytest.mark.parametrize("name", ["o/n", "a-b/c.d_e", "owner/name/config", "o/n/2.0-en", "data/x"])
