@@ -112,6 +112,58 @@ def encode_conversations(
     return encoded
 
 
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> np.ndarray:
+    """Encodes a conversation and the generation prompt after it: what an answer follows.
+
+    Returns:
+        int32 `[len]`. Text that spells special tokens is ordinary text, as in training.
+
+    Raises:
+        InputError: the tokenizer has no chat template, or it cannot render the messages.
+    """
+    if tokenizer.chat_template is None:
+        raise InputError("the tokenizer has no chat template; load it with chat_template='tulu'")
+    special = _special_text(tokenizer)
+    literal = any(special.search(message["content"]) for message in messages)
+    if literal:
+        messages = _mark_literal(special, messages)
+    [(text, _)] = _render(tokenizer, [messages], add_generation_prompt=True)
+    if literal:
+        return _tokenize_marked(tokenizer, special, text, [])[0]
+    return _tokenize(tokenizer.backend_tokenizer, [(text, [])])[0][0]
+
+
+def stop_tokens(
+    tokenizer: PreTrainedTokenizerFast, eos_token_id: int | tuple[int, ...] | None
+) -> int | tuple[int, ...]:
+    """The ids that end an answer, as the config of the model to train names them.
+
+    A model may name several (Llama 3: end of text and end of turn). They stay if the tokenizer's
+    end-of-sequence token is among them; else it takes their place. The token that ends the
+    assistant's turns in the chat template is added: it is what the model learns to end with.
+
+    Args:
+        tokenizer: with the chat template to train on.
+        eos_token_id: of the model to start from; None for a new one.
+
+    Raises:
+        InputError: the template cannot render a question and its answer, or trains none of it.
+    """
+    known = eos_token_id if isinstance(eos_token_id, tuple) else (eos_token_id,)
+    stops = list(known) if tokenizer.eos_token_id in known else [tokenizer.eos_token_id]
+    turns = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well."}]
+    tokens, mask = encode_messages(tokenizer, turns)
+    if not mask.any():
+        raise InputError(
+            "the chat template marks nothing that the assistant says as produced by it"
+        )
+    last = int(tokens[mask == 1][-1])
+    is_special = _special_text(tokenizer).fullmatch(tokenizer.convert_ids_to_tokens(last))
+    if is_special and last not in stops:
+        stops.append(last)
+    return stops[0] if len(stops) == 1 else tuple(stops)
+
+
 def check_eos_newline(tokenizer: PreTrainedTokenizerFast, eos_newline: str) -> None:
     """Checks that `encode_conversations` can do what is asked of it at ends of turns.
 
@@ -315,9 +367,9 @@ def _tokenize_marked(tokenizer, special, text, spans) -> tuple[np.ndarray, np.nd
 
 
 def _strip_beside(special: re.Pattern[str], text: str, spans: Spans) -> tuple[str, Spans]:
-    """Takes away the white space on both sides of special tokens, but not of marked ones."""
-    unmarked = re.compile(f"(\\s*)(?<!{_LITERAL})(?:{special.pattern})(?!{_LITERAL})(\\s*)")
-    matches = list(unmarked.finditer(text))
+    """Takes away the white space on both sides of special tokens; marked ones keep theirs."""
+    beside = re.compile(f"(\\s*)(?:{special.pattern})(\\s*)")
+    matches = list(beside.finditer(text))
     edits = [(*match.span(side), "") for match in matches for side in (1, 2)]
     return _edit(text, spans, [edit for edit in edits if edit[0] < edit[1]])
 

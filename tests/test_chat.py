@@ -10,7 +10,14 @@ import sentencepiece as sentencepiece_library
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from easylm.chat import TULU, check_eos_newline, encode_conversations, encode_messages
+from easylm.chat import (
+    TULU,
+    check_eos_newline,
+    encode_conversations,
+    encode_messages,
+    encode_prompt,
+    stop_tokens,
+)
 from easylm.converters.export import export_hf
 from easylm.data.show import format_example
 from easylm.errors import InputError
@@ -255,6 +262,17 @@ def test_special_token_text_in_contents_is_parsed_on_request(tokenizer):
         encode_conversations(tokenizer, [messages], special_tokens="drop")
 
 
+def test_prompt_is_how_the_training_text_begins(tokenizer):
+    for messages in [*CONVERSATIONS[:4], turns("what is </s>?", "x <s>", "</s>", "y")]:
+        prompt = encode_prompt(tokenizer, messages[:-1])
+        [(tokens, mask)] = encode_conversations(tokenizer, [messages])
+        assert prompt.tolist() == tokens[: len(prompt)].tolist()
+        assert mask[len(prompt) :].all() and not mask[len(prompt) - 1]
+    asked = CONVERSATIONS[1][:-1]
+    wanted = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert encode_prompt(tokenizer, asked).tolist() == wanted
+
+
 def test_literal_encoding_equals_the_ordinary_one_elsewhere(tokenizer):
     """A special token spelled in the last message leaves the ids before it as they were."""
     for messages in random_conversations(20):
@@ -417,6 +435,41 @@ def test_template_without_the_prefix_property_is_refused(byte_level):
     )
     with pytest.raises(InputError, match=r"message 2 changes.*generation"):
         encode_messages(with_template(byte_level, template), turns("a", "b", "c", "d"))
+
+
+def test_answers_end_at_the_models_own_tokens_and_the_templates(byte_level):
+    eos = byte_level.eos_token_id
+    assert stop_tokens(byte_level, None) == stop_tokens(byte_level, 77) == eos
+    assert stop_tokens(byte_level, (77, 78)) == stop_tokens(byte_level, eos) == eos
+    assert stop_tokens(byte_level, (77, eos)) == (77, eos)
+    llama3 = with_template(byte_level, template_of("Llama 3"))
+    turn = llama3.convert_tokens_to_ids("<|eot_id|>")
+    assert stop_tokens(llama3, None) == stop_tokens(llama3, 77) == (eos, turn)
+    assert stop_tokens(llama3, (turn, 77, eos)) == (turn, 77, eos)
+    no_end = with_template(byte_level, template_of("ChatML").replace("<|im_end|>", "."))
+    assert stop_tokens(no_end, None) == eos
+    with pytest.raises(InputError, match="marks nothing that the assistant says"):
+        stop_tokens(with_template(byte_level, "{% generation %}{% endgeneration %}a"), None)
+
+
+def test_mask_where_the_normalizer_drops_characters(byte_level):
+    state = json.loads(byte_level.backend_tokenizer.to_str())
+    state["normalizer"] = {"type": "Replace", "pattern": {"String": "~"}, "content": ""}
+    template = template_of("Llama 3", generation_block=True).replace(" + '<|eot_id|>'", "")
+    own = with_template(byte_level, template)
+    own._tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokens, mask = encode_messages(own, turns("~", "~~what~ 😀~"))
+    assert own.decode(tokens[mask == 1]) == "what 😀"
+    tokens, mask = encode_messages(own, turns("what", "~"))
+    assert own.decode(tokens).endswith("<|end_header_id|>\n\n") and not mask.any()
+
+
+def test_earlier_truncation_and_padding_do_not_stay(tokenizer):
+    wanted = [tokens.tolist() for tokens, _ in encode_conversations(tokenizer, CONVERSATIONS)]
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=100)
+    again = [tokens.tolist() for tokens, _ in encode_conversations(tokenizer, CONVERSATIONS)]
+    assert again == wanted
 
 
 def test_two_bos_are_refused(byte_level):
