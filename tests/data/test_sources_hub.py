@@ -50,7 +50,7 @@ def rows(*names):
 
 
 def write_repositories(folder):
-    """org/plain of parquet with two splits, org/two with two configs, and three that are no good."""
+    """org/plain of parquet with two splits, org/two with two configs, and three bad ones."""
     plain = folder / "org" / "plain" / "data"
     plain.mkdir(parents=True)
     parquet.write_table(
@@ -82,7 +82,7 @@ REFUSED = {
     "org/two": "Please pick one among the available configs: ['one', 'two']",
     "org/two/three": "BuilderConfig 'three' not found. Available: ['one', 'two']",
     "org/none": "Dataset 'org/none' doesn't exist on the Hub or cannot be accessed.). Check the s",
-    "org/empty": "doesn't contain any data files). Check the spelling (owner/name[/config][:split])",
+    "org/empty": "doesn't contain any data files). Check the spelling (owner/name[/config]",
     "org/bad": "its files are damaged or do not go together (No ':' found when decoding",
     "org/late": "its files are damaged or do not go together (Couldn't cast prompt: string",
 }
