@@ -118,7 +118,8 @@ def train(
     )
     folder = export(len(stream), params)
     plot_loss(workdir)
-    plot_lengths(examples.lengths, config.data.seq_len, f"{workdir}/plots/lengths.png")
+    lengths = data["data"].row_lengths
+    plot_lengths(lengths, config.data.seq_len, f"{workdir}/plots/lengths.png")
     say(f"plots are in {workdir}/plots")
     say_how_to_chat(folder)
 
