@@ -2,10 +2,10 @@
 
 Layers, each importing only what stands to its right:
 
-    commands -> trainers | converters | eval_bridge -> models -> core
+    commands -> shared -> trainers | converters | eval_bridge -> models -> core
 
-A command is a module of `easylm/` that runs by `python -m`; with them go the few modules that
-commands share (COMMAND_PARTS). The rest of `easylm/` is the core.
+A command is a module of `easylm/` that runs by `python -m`; `shared` are the few that commands
+have in common (SHARED). The rest of `easylm/` is the core.
 Files of `configs/` use whatever a run needs and are loaded by path, so nothing imports them;
 `easylm/config.py` alone imports the package, to know where the folder is.
 """
@@ -16,9 +16,10 @@ import pathlib
 from collections.abc import Iterator
 
 FOLDERS = ("models", "trainers", "converters", "eval_bridge", "configs")
-COMMAND_PARTS = ("easylm.finish", "easylm.start")
+SHARED = ("easylm.finish", "easylm.start")
 MAY_IMPORT = {
-    "commands": {"trainers", "converters", "eval_bridge", "models", "core"},
+    "commands": {"shared", "trainers", "converters", "eval_bridge", "models", "core"},
+    "shared": {"trainers", "converters", "models", "core"},
     "configs": {"trainers", "models", "core", "configs"},
     "trainers": {"models", "core", "trainers"},
     "converters": {"models", "core", "converters"},
@@ -42,11 +43,12 @@ class Module:
 
     @property
     def layer(self) -> str:
-        """The top-level folder the module lies in; `commands` or `core` for those of easylm/."""
+        """The top-level folder the module lies in, or its part of easylm/."""
         if self.folder != "easylm":
             return self.folder
-        is_command = any(map(is_main_guard, self.tree.body)) or self.name in COMMAND_PARTS
-        return "commands" if is_command else "core"
+        if self.name in SHARED:
+            return "shared"
+        return "commands" if any(map(is_main_guard, self.tree.body)) else "core"
 
 
 def is_main_guard(statement: ast.stmt) -> bool:

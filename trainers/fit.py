@@ -4,6 +4,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from easylm.trainers.evaluate import evaluator
 from easylm.trainers.loop import train
 from easylm.trainers.overview import overview
 from easylm.trainers.report import Reporter
+from easylm.trainers.save import Saver
 from easylm.trainers.step import Batch, LossFn, TrainState, init_state
 
 LoadParams = Callable[[dict, jnp.dtype], dict]  # (shardings, dtype) -> parameters on the mesh
@@ -79,61 +81,31 @@ def fit(
         _check_same_data(checkpointer.bundle(last_step), bundle, workdir)
     write_json(config, f"{workdir}/config.json")
     state = _start(program, checkpointer, last_step, load_params)
-
-    def exported_at(step: int) -> bool:
-        every = config.export.every
-        return every is not None and step % every == 0
-
-    def save(step: int, state: TrainState) -> None:
-        checkpointer.save(step, state.params, state.opt_state, {**bundle, "step": step})
-        if exported_at(step):
-            export(step, state.params)
-
-    if last_step and exported_at(last_step):
-        export(last_step, state.params)  # it may have been cut off
+    saver = Saver(config, checkpointer, export, bundle)
+    saver.export(last_step, state.params)  # it may have been cut off
     if last_step >= len(stream):
         checkpointer.close()
         return state.params
     step_fn = _compile(program)
     memory = step_fn.memory_analysis()
     say(overview(config, model=model, mesh=mesh, stream=stream, memory=memory, last_step=last_step))
-    report = Reporter(
-        workdir,
-        model=model,
-        mesh=mesh,
-        stream=stream,
-        schedule=program.schedule,
-        last_step=last_step,
-        every=config.log_every,
-        trackers=open_trackers(
-            workdir,
-            last_step,
-            tensorboard=config.tensorboard,
-            wandb=config.wandb,
-            config=dataclasses.asdict(config),
-        ),
-    )
-    with sigterm_noticed() as preempted:
-        try:
-            state = train(
-                state,
-                step_fn,
-                _on_mesh(stream, mesh, last_step),
-                last_step=last_step,
-                total_steps=len(stream),
-                report=report,
-                save_at=lambda step: step % config.checkpoint.every == 0 or exported_at(step),
-                save=save,
-                evaluate_at=lambda step: (
-                    eval_stream is not None
-                    and (step % config.eval_every == 0 or step == len(stream))
-                ),
-                evaluate=evaluator(program, loss_fn, lambda: _on_mesh(eval_stream, mesh)),
-                preempted=preempted,
-            )
-        finally:
-            report.close()
-            checkpointer.close()
+    report = _reporter(config, workdir, model, program, stream, last_step)
+    with sigterm_noticed() as preempted, closing(checkpointer), closing(report):
+        state = train(
+            state,
+            step_fn,
+            _on_mesh(stream, mesh, last_step),
+            last_step=last_step,
+            total_steps=len(stream),
+            report=report,
+            save_at=saver.due,
+            save=saver.save,
+            evaluate_at=lambda step: (
+                eval_stream is not None and (step % config.eval_every == 0 or step == len(stream))
+            ),
+            evaluate=evaluator(program, loss_fn, lambda: _on_mesh(eval_stream, mesh)),
+            preempted=preempted,
+        )
     return state.params
 
 
@@ -161,6 +133,27 @@ def _compile(program: Program):
     compiled = program.jitted().lower(program.state, program.batch).compile()
     say(f"compiled the step in {time.perf_counter() - started:.1f} s")
     return compiled
+
+
+def _reporter(
+    config: SftConfig, workdir: str, model, program: Program, stream: BatchStream, last_step: int
+) -> Reporter:
+    return Reporter(
+        workdir,
+        model=model,
+        mesh=program.mesh,
+        stream=stream,
+        schedule=program.schedule,
+        last_step=last_step,
+        every=config.log_every,
+        trackers=open_trackers(
+            workdir,
+            last_step,
+            tensorboard=config.tensorboard,
+            wandb=config.wandb,
+            config=dataclasses.asdict(config),
+        ),
+    )
 
 
 def _check_same_data(stored: dict, bundle: dict, workdir: str) -> None:
