@@ -1,6 +1,7 @@
 """Training ids and masks are those of the chat template, and contents stay text."""
 
 import json
+import pathlib
 import re
 
 import jax
@@ -488,6 +489,14 @@ def test_show_colors_the_trained_part(sentencepiece):
     tokens, mask = encode_messages(sentencepiece, turns("Hi there", "Hello! 1234"))
     shown = format_example(sentencepiece, tokens, mask, color=True)
     assert shown.endswith("<|user|>\nHi there\n<|assistant|>\n\x1b[32mHello! 1234</s>\x1b[0m")
+
+
+def test_the_documented_example_is_what_is_shown(sentencepiece):
+    asked = ("Name a colour. Do not end with </s>.", "Blue", "Another?", "Green")
+    tokens, mask = encode_messages(sentencepiece, turns(*asked, system="Be brief."))
+    shown = format_example(sentencepiece, tokens, mask, color=False)
+    page = pathlib.Path(__file__).resolve().parent.parent / "docs" / "data.md"
+    assert f"```text\n{shown}\n```" in page.read_text()
 
 
 def test_template_text_is_valid_json_and_has_generation_markers():
