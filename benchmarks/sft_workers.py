@@ -82,7 +82,7 @@ class Run:
 
 
 def config_of(model: LlamaConfig, **options):
-    """The config of a run in float32 on one device, whose learning rate is the same in all steps."""
+    """The config of a run in float32 on one device, with one learning rate for all steps."""
     from easylm.trainers import options as sections
     from easylm.trainers.config import SftConfig
 
