@@ -171,10 +171,13 @@ def test_a_new_run_in_the_same_folder_is_another_run_of_wandb(tmp_path):
     assert wandb_records(tmp_path)[0] != first
 
 
-def test_wandb_leaves_out_steps_that_it_has(tmp_path):
+def test_wandb_leaves_out_steps_that_it_has(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_SILENT", "false")
     track(tmp_path, [5, 3, 4, 5, 6], wandb="p")
     _, records = wandb_records(tmp_path)
     assert [line["step"] for line in history(records)] == [5, 6]
+    printed = capfd.readouterr().err
+    assert "run" in printed and "less than" not in printed  # one warning for each such step
 
 
 def test_wandb_of_a_run_in_a_bucket(tmp_path):
