@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import threading
 from collections import deque
@@ -58,7 +59,7 @@ def encode_in_parts(
     """
     if processes is None:
         characters = sum(len(turn["content"]) for row in rows for turn in row.messages)
-        processes = min(len(os.sched_getaffinity(0)), 1 + characters // _CHARACTERS_PER_PROCESS)
+        processes = min(_cores(), 1 + characters // _CHARACTERS_PER_PROCESS)
     parts = list(_parts(rows))
     if processes == 1:
         encoded = (encode_rows(tokenizer, part, policy, vocab_size) for part in parts)
@@ -71,6 +72,11 @@ def encode_in_parts(
         for part, result in zip(parts, encoded, strict=True):
             yield result
             bar.update(len(part))
+
+
+def _cores() -> int:
+    # Linux knows how many this process may use.
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _parts(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:

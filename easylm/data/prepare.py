@@ -21,7 +21,7 @@ from easylm.tokenizer import tokenizer_files
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# To be raised when the same rows and tokenizer give other arrays than before.
+# To be raised when the same rows and tokenizer give other arrays, or another manifest, than before.
 _VERSION = 1
 
 
@@ -64,6 +64,10 @@ class SourceRows:
                 )
             self._rows = rows
         return self._rows
+
+    def forget(self) -> None:
+        """Gives the memory of the rows back; who needs them again reads them again."""
+        self._rows = None
 
 
 def _digests(sources: str) -> list[tuple[Source, str]]:
@@ -185,7 +189,7 @@ def prepare(
     """Encodes rows, or opens what an earlier run made of the same rows in the same way.
 
     Args:
-        rows: of `open_rows`.
+        rows: of `open_rows`; they forget what was read, which may be gigabytes.
         tokenizer: with the chat template to train on.
         cache: the folder of prepared data, local or gs://; see easylm/data/store.py.
         seq_len, too_long, eos_newline, special_tokens: as in `easylm.data.encode.Policy`.
@@ -224,6 +228,7 @@ def prepare(
 
     name = f"{rows.key}/{store.content_key({**hashes, **dataclasses.asdict(policy)})}"
     stored = store.open_or_make(cache, name, fill, progress)
+    rows.forget()
     manifest = Manifest(**stored.manifest)
     if manifest.largest_token >= vocab_size:
         where = f"data.sources: {', '.join(manifest.sources)}"

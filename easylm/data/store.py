@@ -71,28 +71,26 @@ def open_or_make(
     Raises:
         InputError: the disk or the bucket refuses, or a folder is damaged.
     """
-    folder = _local_folder(cache, name)
-    in_bucket = storage.is_bucket(cache)
+    folder, remote = _places(cache, name)
     reused = True
     if not _is_whole(folder):
-        if in_bucket and _is_whole(f"{cache}/{name}"):
-            _download(f"{cache}/{name}", folder, progress)
+        if remote and _is_whole(remote):
+            _download(remote, folder, progress)
         else:
             _make(folder, fill)
             reused = False
     stored = _open(folder, reused)
-    if in_bucket and not _is_whole(f"{cache}/{name}"):
-        _upload(folder, f"{cache}/{name}", progress)
+    if remote and not _is_whole(remote):
+        _upload(folder, remote, progress)
     return stored
 
 
 def holds_any(cache: str, name: str) -> bool:
     """Whether the cache holds whole arrays in a folder directly below `name`."""
-    places = {_local_folder(cache, name), f"{cache}/{name}" if storage.is_bucket(cache) else None}
     return any(
         _is_whole(f"{place}/{below}")
-        for place in places
-        if place is not None and storage.is_folder(place)
+        for place in _places(cache, name)
+        if place and storage.is_folder(place)
         for below in storage.list_folders(place)
         if not below.startswith(".")
     )
@@ -164,8 +162,11 @@ class _GrowingArray:
         np.lib.format.write_array_header_1_0(self._file, header)
 
 
-def _local_folder(cache: str, name: str) -> str:
-    return os.path.expanduser(f"{LOCAL_CACHE if storage.is_bucket(cache) else cache}/{name}")
+def _places(cache: str, name: str) -> tuple[str, str | None]:
+    """The folder on this machine, and the one in a bucket that it mirrors, if it does."""
+    if storage.is_bucket(cache):
+        return os.path.expanduser(f"{LOCAL_CACHE}/{name}"), f"{cache.rstrip('/')}/{name}"
+    return os.path.expanduser(os.path.join(cache, name)), None
 
 
 def _is_whole(folder: str) -> bool:
@@ -229,7 +230,7 @@ def _open(folder: str, reused: bool) -> Stored:
                 described[name]["shape"],
             ):
                 raise ValueError(f"{name}.npy is not what {_MANIFEST} says")
-    except (InputError, OSError, ValueError, KeyError) as error:
+    except (InputError, OSError, EOFError, ValueError, KeyError) as error:
         raise InputError(
             f"{folder}: the prepared data is damaged ({error}); delete this folder, and it is made "
             "again"

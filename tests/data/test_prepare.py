@@ -1,7 +1,9 @@
 """Prepared data: keyed by all that decides it, the same for any number of processes."""
 
 import dataclasses
+import gc
 import json
+import multiprocessing
 import os
 import pathlib
 import shutil
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -113,6 +116,17 @@ def test_the_second_run_reads_no_rows(run, source, monkeypatch, tmp_path):
     assert again.examples.fingerprint() == first.examples.fingerprint()
     # The content counts, not its name.
     assert run(shutil.copy(source, f"{tmp_path}/other.jsonl")).reused
+
+
+def test_rows_are_not_kept_in_memory(source, tmp_path, tokenizer):
+    options = {"too_long": "truncate", "eos_newline": "keep", "special_tokens": "text"}
+    cache = str(tmp_path / "cache")
+    rows = open_rows(source, on_bad_row="refuse", seed=0, cache=cache)
+    read = weakref.ref(rows.read())
+    assert rows.read() is read()
+    prepare(rows, tokenizer, cache=cache, seq_len=64, vocab_size=330, processes=1, **options)
+    gc.collect()
+    assert read() is None and len(rows.read().rows) == 40
 
 
 def test_fingerprint_needs_no_tokens(run, source):
@@ -229,6 +243,18 @@ def test_the_first_bad_row_is_named_by_any_number_of_processes(tokenizer, tmp_pa
                 tokenizer, rows, prepare_module.Policy(64), 330, processes=count, progress=False
             )
             list(parts)
+
+
+def test_a_process_that_is_killed_is_an_error(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("easylm.data.parallel._ROWS", 1)
+    rows = prepare_module.read_rows(write_rows(tmp_path / "rows.jsonl", 60)).rows
+    policy = prepare_module.Policy(64)
+    parts = encode_in_parts(tokenizer, rows, policy, 330, processes=2, progress=False)
+    next(parts)
+    for process in multiprocessing.active_children():
+        process.kill()
+    with pytest.raises(InputError, match=r"data\.processes: one of the 2 processes .* was killed"):
+        list(parts)
 
 
 ENDLESS = """

@@ -131,11 +131,12 @@ def test_an_error_of_fill_is_not_hidden_by_another_that_succeeds(tmp_path):
         store.open_or_make(str(tmp_path), "a", fails)
 
 
+@pytest.mark.parametrize("size", [0, 150])
 @pytest.mark.parametrize("name", ["words.npy", "manifest.json"])
-def test_damage_is_an_error(tmp_path, name):
+def test_damage_is_an_error(tmp_path, name, size):
     folder = pathlib.Path(store.open_or_make(str(tmp_path), "a", fill).folder)
     with open(folder / name, "r+b") as file:
-        file.truncate(150)
+        file.truncate(size)
     with pytest.raises(
         InputError, match=r"/a: the prepared data is damaged \(.*delete this folder"
     ):
@@ -178,7 +179,7 @@ def test_a_bucket_is_mirrored(bucket, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HOME", str(tmp_path / "host2"))
     capsys.readouterr()
     assert store.holds_any(cache, "a")
-    copied = store.open_or_make(cache, "a/b", not_called, progress=False)
+    copied = store.open_or_make(f"{cache}/", "a/b", not_called, progress=False)
     check(copied)
     assert copied.reused and copied.fingerprint == made.fingerprint
     assert f"copying 0.00 GB of prepared data from {cache}/a/b to " in capsys.readouterr().err
