@@ -8,6 +8,7 @@ is how the text of one turn more begins.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import json
 import re
@@ -368,22 +369,30 @@ def _tokenize_marked(tokenizer, special, text, spans) -> tuple[np.ndarray, np.nd
 
 def _strip_beside(special: re.Pattern[str], text: str, spans: Spans) -> tuple[str, Spans]:
     """Takes away the white space on both sides of special tokens; marked ones keep theirs."""
-    beside = re.compile(f"(\\s*)(?:{special.pattern})(\\s*)")
-    matches = list(beside.finditer(text))
-    edits = [(*match.span(side), "") for match in matches for side in (1, 2)]
-    return _edit(text, spans, [edit for edit in edits if edit[0] < edit[1]])
+    edits = []
+    end = 0  # of the last edit
+    for match in special.finditer(text):
+        before, after = match.span()
+        while before > end and text[before - 1].isspace():
+            before -= 1
+        while after < len(text) and text[after].isspace():
+            after += 1
+        edits += [(before, match.start(), ""), (match.end(), after, "")]
+        end = after
+    return _edit(text, spans, edits)
 
 
 def _edit(text: str, spans: Spans, edits: Sequence[tuple[int, int, str]]) -> tuple[str, Spans]:
     """Replaces `(start, end, new text)`, given in order, and moves the spans accordingly."""
-    moved = np.ones(len(text) + 1, np.int64)  # how many new characters stand before the next one
-    moved[0] = 0
-    pieces, position = [], 0
+    pieces: list[str] = []
+    seams, shifts = [0], [0]  # shifts[i]: new minus old position, from character seams[i] on
     for start, end, new in edits:
-        pieces += [text[position:start], new]
-        moved[start + 1 : end + 1] = 0
-        moved[start + 1] = len(new)
-        position = end
-    pieces.append(text[position:])
-    moved = moved.cumsum().tolist()
-    return "".join(pieces), [(moved[start], moved[end]) for start, end in spans]
+        pieces += [text[seams[-1] : start], new]
+        seams.append(end)
+        shifts.append(shifts[-1] + len(new) - (end - start))
+    pieces.append(text[seams[-1] :])
+
+    def moved(char: int) -> int:
+        return char + shifts[bisect.bisect_right(seams, char) - 1]
+
+    return "".join(pieces), [(moved(start), moved(end)) for start, end in spans]
