@@ -368,10 +368,11 @@ def test_stripped_newlines_where_contents_spell_special_tokens(model_file):
     for messages in conversations:
         [(tokens, mask)] = encode_conversations(tokenizer, [messages], eos_newline="strip")
         assert (tokens.tolist(), mask.tolist()) == slow.example(messages)
-        [(tokens, _)] = encode_conversations(
+        [(tokens, mask)] = encode_conversations(
             tokenizer, [messages], eos_newline="strip", special_tokens="parse"
         )
         assert tokens.tolist() == SlowLlama(model_file).example(messages)[0]
+    assert tokenizer.convert_ids_to_tokens(tokens[mask == 1]) == ["</s>", "<s>", "</s>"]
 
 
 def test_newlines_are_stripped_for_tulu_with_llamas_tokenizer_alone(model_file, byte_level):
