@@ -361,7 +361,7 @@ def test_stripped_newlines_where_contents_spell_special_tokens(model_file):
     tokenizer = load_tokenizer(model_file)
     conversations = [
         turns("a </s> b", "what\n<s>\n is", "</s> x \n </s>", "a</s>"),
-        turns("</s>", "\n</s> <s>\n", system=" <s> "),
+        turns("</s>", "\n</s> \n\n\t  <s>\n", system=" <s> "),
     ]
     # A spelling that no content has: special tokens stand only where the format puts them.
     slow = SlowLlama(model_file, bos="\ue000", eos="\ue001")
