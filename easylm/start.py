@@ -82,6 +82,8 @@ def model_config(config: SftConfig, weights: "Weights | None", tokenizer) -> Lla
         model = config.model.llama_config(vocab_size=size, **ids)
     else:
         model = dataclasses.replace(weights.config, **ids)
+        longest = config.model.max_position_embeddings or model.max_position_embeddings
+        model = dataclasses.replace(model, max_position_embeddings=longest)
     if size > model.vocab_size:
         if not config.model.resize_vocab:
             raise InputError(

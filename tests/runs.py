@@ -71,14 +71,16 @@ def arguments(folder: pathlib.Path, workdir: pathlib.Path, options: dict) -> lis
     ]
 
 
-def start(arguments: list[str], **options) -> subprocess.Popen:
-    """The command in a process of its own, in the checkout."""
+def start(arguments: list[str], without: str = "", **environment: str) -> subprocess.Popen:
+    """The command in a process of its own, in the checkout; `without` a variable."""
+    environment = {**os.environ, **environment}
+    environment.pop(without, None)
     return subprocess.Popen(
         [sys.executable, "-m", "easylm.sft", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **options},
+        env=environment,
         cwd=pathlib.Path(sft.__file__).parent.parent,
     )
 

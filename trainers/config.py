@@ -94,6 +94,7 @@ class SftConfig:
             given = self.model.given() | (
                 {"preset": self.model.preset} if self.model.preset else {}
             )
+            given.pop("max_position_embeddings", None)  # longer rows are the user's to try
             for field, value in given.items():
                 wanted = f"none: {self.init_from} has its own (only init_from=random takes sizes)"
                 require(False, f"model.{field}", value, wanted)

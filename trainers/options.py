@@ -32,7 +32,9 @@ class ModelConfig:
     num_hidden_layers: int | None = option(None, "Number of blocks.")
     num_attention_heads: int | None = option(None, "Query heads; divides hidden_size.")
     num_key_value_heads: int | None = option(None, "Key and value heads; none: one per query head.")
-    max_position_embeddings: int | None = option(None, "Longest row the model is made for.")
+    max_position_embeddings: int | None = option(
+        None, "Longest row the model takes; none: as long as it was made for, except at random."
+    )
     rope_theta: float | None = option(None, "Base of the rotary angles; none: 10000.")
     rms_norm_eps: float | None = option(None, "Added to the mean square; none: 1e-5.")
     tie_word_embeddings: bool | None = option(None, "Head = embedding table; none: no.")
