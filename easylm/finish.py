@@ -83,7 +83,8 @@ def model_card(config: SftConfig, step: int, total_steps: int) -> str:
         card += (
             "\nTrained without the newline tokens after the end of a turn, as Tülu 2 was "
             "(eos_newline=strip). The chat template of this folder writes them, so from the second "
-            "turn on inference sees tokens there that training did not.\n"
+            "turn on inference sees tokens there that training did not. Chats of one turn are the "
+            "same; a template without the newline after eos_token gives the ids of training.\n"
         )
     return card
 

@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from easylm import storage
+from easylm.chat import check_eos_newline, stop_tokens
 from easylm.command import say
 from easylm.data.prepare import Prepared, SourceRows, open_rows, prepare
 from easylm.errors import InputError
@@ -58,11 +59,13 @@ def open_tokenizer(
                 storage.remove_folder(folder)
             texts = (turn["content"] for row in rows.read().rows for turn in row.messages)
             train_tokenizer(texts, config.data.tokenizer_vocab_size, folder)
-        return load_tokenizer(folder, config.data.chat_template)
-    if config.data.tokenizer:
-        return load_tokenizer(config.data.tokenizer, config.data.chat_template)
-    tokenizer = weights.tokenizer()
-    set_chat_template(tokenizer, config.data.chat_template, config.init_from)
+        tokenizer = load_tokenizer(folder, config.data.chat_template)
+    elif config.data.tokenizer:
+        tokenizer = load_tokenizer(config.data.tokenizer, config.data.chat_template)
+    else:
+        tokenizer = weights.tokenizer()
+        set_chat_template(tokenizer, config.data.chat_template, config.init_from)
+    check_eos_newline(tokenizer, config.data.eos_newline)
     return tokenizer
 
 
@@ -73,9 +76,14 @@ def model_config(config: SftConfig, weights: "Weights | None", tokenizer) -> Lla
       InputError: the tokenizer has more ids than the model, or the model cannot be trained so.
     """
     size = len(tokenizer)
+    known = None if weights is None else weights.config.eos_token_id
+    stops = stop_tokens(tokenizer, known)
+    if weights is not None and stops != known:
+        names = tokenizer.convert_ids_to_tokens([stops] if isinstance(stops, int) else [*stops])
+        say(f"an answer ends at {' or '.join(names)}; the model's own eos_token_id was {known}")
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": stops,
         "pad_token_id": tokenizer.pad_token_id,
     }
     if weights is None:
