@@ -71,9 +71,8 @@ def check_mesh(config: LlamaConfig, mesh: Mesh) -> None:
       InputError: as said.
     """
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    if not _tensor_divides(config, tensor):
-        sizes = range(1, config.num_attention_heads + 1)
-        works = ", ".join(str(size) for size in sizes if _tensor_divides(config, size))
+    if tensor not in tensor_sizes(config):
+        works = ", ".join(map(str, tensor_sizes(config)))
         raise InputError(
             f"mesh: found tensor={tensor}, which does not divide the model (attention heads "
             f"{config.num_attention_heads}, KV heads {config.num_key_value_heads}, "
@@ -89,11 +88,16 @@ def check_mesh(config: LlamaConfig, mesh: Mesh) -> None:
         )
 
 
-def _tensor_divides(config: LlamaConfig, tensor: int) -> bool:
+def tensor_sizes(config: LlamaConfig) -> list[int]:
+    """The lengths of a tensor axis that divide the model, in order; 1 is the first."""
     kv_heads = config.num_key_value_heads
     split = (config.num_attention_heads, config.intermediate_size, config.hidden_size)
-    kv_divides = kv_heads % tensor == 0 or tensor % kv_heads == 0
-    return kv_divides and all(size % tensor == 0 for size in split)
+    return [
+        size
+        for size in range(1, config.num_attention_heads + 1)
+        if all(length % size == 0 for length in split)
+        and (kv_heads % size == 0 or size % kv_heads == 0)
+    ]
 
 
 def param_shardings(config: LlamaConfig, mesh: Mesh) -> dict:
