@@ -73,6 +73,51 @@ def train(
     mesh = make_mesh(config.mesh)
     check_mesh(model, mesh)
     examples = data["data"].examples
+    stream, eval_stream = open_streams(config, data, row_groups(mesh))
+    files = tokenizer_files(tokenizer)
+    bundle = make_bundle(model.to_hf(config.param_dtype), files, dataclasses.asdict(config))
+    bundle["data"] = {
+        "content": examples.fingerprint(),
+        "examples": len(examples),
+        "tokens": len(examples.tokens),
+        "steps": len(stream),
+    }
+    export = Exporter(config, workdir, model, files, total_steps=len(stream))
+    try:
+        params = fit(
+            config,
+            model=model,
+            mesh=mesh,
+            stream=stream,
+            eval_stream=eval_stream,
+            loss_fn=sft_loss(loss_chunk=config.loss_chunk),
+            load_params=lambda where, dtype: load_params(config, weights, model, where, dtype),
+            export=export,
+            bundle=bundle,
+            workdir=workdir,
+        )
+    except FloatingPointError:
+        plot_loss(workdir)  # it shows how the loss got there
+        raise
+    folder = export(len(stream), params)
+    plot_loss(workdir)
+    lengths = data["data"].row_lengths
+    plot_lengths(lengths, config.data.seq_len, f"{workdir}/plots/lengths.png")
+    say(f"plots are in {workdir}/plots")
+    say_how_to_chat(folder)
+
+
+def open_streams(
+    config: SftConfig, data: dict[str, Prepared], row_groups: int
+) -> tuple[BatchStream, BatchStream | None]:
+    """The batches to train on, and those to evaluate on, if any.
+
+    Args:
+      config: of the run.
+      data: `data` and perhaps `eval`.
+      row_groups: the mesh takes a multiple of so many rows at once.
+    """
+    examples = data["data"].examples
     stream = BatchStream(
         examples,
         seq_len=config.data.seq_len,
@@ -83,45 +128,19 @@ def train(
         loss_group=config.loss_group,
         epochs=config.epochs,
         steps=config.steps,
-        row_multiple=row_groups(mesh) * config.micro_batches,
+        row_multiple=row_groups * config.micro_batches,
     )
-    eval_stream = None
-    if "eval" in data:
-        eval_stream = BatchStream(
-            data["eval"].examples,
-            seq_len=config.data.seq_len,
-            batch_rows=stream.rows_per_batch // config.micro_batches,
-            seed=config.seed,
-            packing=config.data.packing,
-            epochs=1,
-        )
-    files = tokenizer_files(tokenizer)
-    bundle = make_bundle(model.to_hf(config.param_dtype), files, dataclasses.asdict(config))
-    bundle["data"] = {
-        "content": examples.fingerprint(),
-        "examples": len(examples),
-        "tokens": len(examples.tokens),
-        "steps": len(stream),
-    }
-    export = Exporter(config, workdir, model, files, total_steps=len(stream))
-    params = fit(
-        config,
-        model=model,
-        mesh=mesh,
-        stream=stream,
-        eval_stream=eval_stream,
-        loss_fn=sft_loss(loss_chunk=config.loss_chunk),
-        load_params=lambda where, dtype: load_params(config, weights, model, where, dtype),
-        export=export,
-        bundle=bundle,
-        workdir=workdir,
+    if "eval" not in data:
+        return stream, None
+    eval_stream = BatchStream(
+        data["eval"].examples,
+        seq_len=config.data.seq_len,
+        batch_rows=stream.rows_per_batch // config.micro_batches,
+        seed=config.seed,
+        packing=config.data.packing,
+        epochs=1,
     )
-    folder = export(len(stream), params)
-    plot_loss(workdir)
-    lengths = data["data"].row_lengths
-    plot_lengths(lengths, config.data.seq_len, f"{workdir}/plots/lengths.png")
-    say(f"plots are in {workdir}/plots")
-    say_how_to_chat(folder)
+    return stream, eval_stream
 
 
 def batch_rows(config: SftConfig, examples: Examples) -> int:

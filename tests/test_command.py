@@ -50,6 +50,17 @@ def test_a_fault_shows_its_traceback_and_code_1():
     assert "ValueError: a fault of ours" in result.stderr
 
 
+def test_a_preempted_command_says_so_with_code_75():
+    body = "from easylm.errors import PreemptedError\nraise PreemptedError('saved after step 3')"
+    result = run(body)
+    assert (result.returncode, result.stderr) == (75, "saved after step 3\n")
+
+
+def test_a_loss_that_is_not_finite_is_one_message_and_code_1():
+    result = run("raise FloatingPointError('step 3: loss is nan')")
+    assert (result.returncode, result.stderr) == (1, "error: step 3: loss is nan\n")
+
+
 def test_interrupt_is_quiet_and_code_130():
     body = "import time\nprint('ready', flush=True)\ntime.sleep(60)"
     program = PROGRAM.format(body="\n".join(f"    {line}" for line in body.splitlines()))

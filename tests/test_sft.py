@@ -1,11 +1,7 @@
 """`python -m easylm.sft` from a JSON file to a folder that transformers loads; and its refusals."""
 
 import json
-import os
-import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest

@@ -197,3 +197,18 @@ def test_metrics_go_to_tensorboard_too(folder, tmp_path):
     sft.main(arguments(folder, tmp_path / "run", {**RANDOM, "steps": 1, "tensorboard": True}))
     (events,) = os.listdir(tmp_path / "run" / "tensorboard")
     assert events.startswith("events.out.tfevents")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_after_its_last_good_checkpoint(folder, tmp_path):
+    workdir = tmp_path / "run"
+    # The updates of the second and third step make the weights overflow.
+    options = {**RANDOM, "optimizer.learning_rate": 1e30, "checkpoint.every": 1}
+    options |= {"optimizer.schedule": "constant", "optimizer.warmup_steps": 1}
+    with pytest.raises(FloatingPointError, match=r"step (\d): (loss|grad_norm) is (nan|inf)"):
+        sft.main(arguments(folder, workdir, options))
+    *good, bad = metrics(workdir)
+    assert not np.isfinite([float(bad["loss"]), float(bad["grad_norm"])]).all()
+    assert str(good[-1]["step"]) in os.listdir(workdir / "checkpoints")
+    assert str(bad["step"]) not in os.listdir(workdir / "checkpoints")
+    assert (workdir / "plots" / "loss.png").exists()
+    assert not (workdir / "hf").exists()

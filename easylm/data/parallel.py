@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 # Rows that a process takes at once: about half a second of work, so that Ctrl-C is answered soon
 # and the last process is not waited for long. The result does not depend on it.
-_ROWS = 512
-_CHARACTERS = 2_000_000
+_ROWS = 2048
+_CHARACTERS = 1_000_000
 # A process needs seconds to start. Where nobody says how many, each should have this much to do.
 _CHARACTERS_PER_PROCESS = 8_000_000
 
@@ -113,7 +113,7 @@ def _by_processes(
             for part in parts:
                 waiting.append(_submit(pool, part))
                 # Enough that no process waits, few enough that results do not pile up.
-                if len(waiting) > 2 * processes:
+                if len(waiting) > 3 * processes:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -48,7 +48,7 @@ class Rows:
     skipped: Counter[str]
 
 
-def parse_sources(sources: str) -> list[Source]:
+def parse_sources(sources: str, field: str = "data.sources") -> list[Source]:
     """Reads `PATH[@count|@fraction],...`: `a.jsonl@1000,b.json.gz@0.5`.
 
     PATH is a file of JSON or parquet, local or gs://; `FOLDER[:split]` that save_to_disk or TFDS
@@ -56,13 +56,17 @@ def parse_sources(sources: str) -> list[Source]:
     `tfds:NAME[/CONFIG][:VERSION][:split]`. A fraction is written with a point, a count without. A
     local path that exists is taken as it stands, so a file name may contain `@`.
 
+    Args:
+        sources: as said.
+        field: of the config, for messages.
+
     Raises:
         InputError: nothing is named, or an amount is not positive or more than everything.
     """
     parsed = []
     for part in (os.path.expanduser(part.strip()) for part in sources.split(",")):
         if not part:
-            raise InputError(f"data.sources: found {sources!r}; wanted PATH[@count|@fraction],...")
+            raise InputError(f"{field}: found {sources!r}; wanted PATH[@count|@fraction],...")
         path, at, text = part.rpartition("@")
         if not at or "/" in text or os.path.exists(part):
             parsed.append(Source(part))
@@ -74,14 +78,16 @@ def parse_sources(sources: str) -> list[Source]:
             amount = float(text)
         if not path or amount is None:
             raise InputError(
-                f"data.sources: found {part!r}; wanted PATH, PATH@count with a count of at least "
+                f"{field}: found {part!r}; wanted PATH, PATH@count with a count of at least "
                 f"1, or PATH@fraction with a fraction like 0.25, at most 1.0"
             )
         parsed.append(Source(path, amount))
     return parsed
 
 
-def read_rows(sources: str, on_bad_row: str = "refuse", seed: int = 0) -> Rows:
+def read_rows(
+    sources: str, on_bad_row: str = "refuse", seed: int = 0, field: str = "data.sources"
+) -> Rows:
     """Reads and checks every row of every source.
 
     Args:
@@ -90,6 +96,7 @@ def read_rows(sources: str, on_bad_row: str = "refuse", seed: int = 0) -> Rows:
             them by reason.
         seed: chooses the rows where a source gives a count or fraction of them. Each source has
             its own random numbers, so adding one does not change the choice in another.
+        field: of the config, for messages.
 
     Raises:
         InputError: a source is missing, unreadable or without rows, rows are bad (with the first
@@ -97,7 +104,7 @@ def read_rows(sources: str, on_bad_row: str = "refuse", seed: int = 0) -> Rows:
     """
     if on_bad_row not in ("refuse", "skip"):
         raise InputError(f"data.on_bad_row: found {on_bad_row!r}; wanted 'refuse' or 'skip'")
-    parsed = parse_sources(sources)
+    parsed = parse_sources(sources, field)
     # All of them are found before the first is read.
     opened = [open_path(source.path) for source in parsed]
     bad = _BadRows()
@@ -106,23 +113,25 @@ def read_rows(sources: str, on_bad_row: str = "refuse", seed: int = 0) -> Rows:
         before = bad.rows
         valid.append(_read(found.values, bad))
         if not valid[-1] and bad.rows == before:
-            raise InputError(f"data.sources: no rows in {source.path}")
+            raise InputError(
+                f"{field}: {source.path}: found no row; wanted at least one, or leave it out"
+            )
     total = bad.rows + sum(map(len, valid))
     if bad.rows and on_bad_row == "refuse":
         table = bad.table(_SHOWN_PROBLEMS)
         raise InputError(
-            f"{bad.rows:,} of {total:,} rows of data.sources are bad:\n{table}\n"
+            f"{bad.rows:,} of {total:,} rows of {field} are bad:\n{table}\n"
             "Repair them, or set data.on_bad_row=skip to leave them out."
         )
     read = Rows([], {}, bad.reasons)
     for index, (source, rows) in enumerate(zip(parsed, valid, strict=True)):
-        taken = _take(rows, source, np.random.default_rng([seed, index]))
+        taken = _take(rows, source, np.random.default_rng([seed, index]), field)
         name = source.path if source.amount is None else f"{source.path}@{source.amount}"
         read.counts[name] = read.counts.get(name, 0) + len(taken)
         read.rows += taken
     if not read.rows:
         raise InputError(
-            f"data.sources: no rows are left of {sources!r} ({total:,} read)\n{bad.table(0)}"
+            f"{field}: no rows are left of {sources!r} ({total:,} read)\n{bad.table(0)}"
         )
     return read
 
@@ -192,7 +201,9 @@ def digest(source: Source) -> str:
     return digest_files(open_path(source.path).files)
 
 
-def _take(rows: list[Row], source: Source, rng: np.random.Generator) -> list[Row]:
+def _take(
+    rows: list[Row], source: Source, rng: np.random.Generator, field: str
+) -> list[Row]:
     """Chooses the amount of rows that the source asks for, in file order."""
     if source.amount is None:
         return rows
@@ -201,7 +212,7 @@ def _take(rows: list[Row], source: Source, rng: np.random.Generator) -> list[Row
         count = round(count * len(rows))
     if not 0 < count <= len(rows):
         raise InputError(
-            f"data.sources: {source.path}@{source.amount}: wanted {count:,} rows; "
+            f"{field}: {source.path}@{source.amount}: wanted {count:,} rows; "
             f"found {len(rows):,} valid ones"
         )
     return [rows[i] for i in np.sort(rng.choice(len(rows), count, replace=False))]
