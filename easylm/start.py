@@ -110,16 +110,20 @@ def open_data(config: SftConfig) -> dict[str, SourceRows]:
     Raises:
       InputError: a source or a row is wrong.
     """
-    names = {"data": config.data.sources, "eval": config.data.eval_sources}
+    sources = {
+        "data": ("data.sources", config.data.sources),
+        "eval": ("data.eval_sources", config.data.eval_sources),
+    }
     return {
         name: open_rows(
-            sources,
+            text,
             on_bad_row=config.data.on_bad_row,
             seed=config.seed,
             cache=config.data.cache,
+            field=field,
         )
-        for name, sources in names.items()
-        if sources
+        for name, (field, text) in sources.items()
+        if text
     }
 
 

@@ -78,13 +78,13 @@ def _missing(path: str) -> InputError:
     folder, _, name = path.rpartition("/")
     folder = folder or ("/" if path.startswith("/") else ".")
     if not storage.is_folder(folder):
-        return InputError(f"{path}: no such file; nor is there a folder {folder}. {_WANTED}")
+        return InputError(f"{path}: no such file; nor is there a folder {folder}; {_WANTED}")
     names = [*storage.list_files(folder), *storage.list_folders(folder)]
     close = difflib.get_close_matches(name, names, n=1)
-    hint = f"its folder holds {_some(names)}"
+    hint = f"its folder holds {_some(names)}."
     if close:
         hint = f"did you mean {os.path.join(folder, close[0])}?"
-    return InputError(f"{path}: no such file; {hint}. {_WANTED[0].upper()}{_WANTED[1:]}")
+    return InputError(f"{path}: no such file; {hint} {_WANTED[0].upper()}{_WANTED[1:]}")
 
 
 def _some(names: Iterable[str]) -> str:

@@ -29,13 +29,15 @@ class SourceRows:
     """The rows of some sources, known by content and read only if somebody needs them.
 
     Attributes:
+        field: of the config that names the sources, for messages.
         digests: each source with the SHA-256 of its content.
         key: names the rows: contents, amounts, `on_bad_row`, and the seed where it chooses rows.
     """
 
-    def __init__(self, sources: str, on_bad_row: str, seed: int):
+    def __init__(self, sources: str, on_bad_row: str, seed: int, field: str):
         self._sources, self.on_bad_row, self.seed = sources, on_bad_row, seed
-        self.digests = _digests(sources)
+        self.field = field
+        self.digests = self._digests()
         self.key = store.content_key(
             {
                 "version": _VERSION,
@@ -55,11 +57,11 @@ class SourceRows:
             InputError: as `easylm.data.sources.read_rows`, or a source changes meanwhile.
         """
         if self._rows is None:
-            rows = read_rows(self._sources, self.on_bad_row, self.seed)
+            rows = read_rows(self._sources, self.on_bad_row, self.seed, self.field)
             # What is kept under the key must be what the key was made of.
-            if _digests(self._sources) != self.digests:
+            if self._digests() != self.digests:
                 raise InputError(
-                    f"data.sources: {self._sources!r} changed while it was read; start again when "
+                    f"{self.field}: {self._sources!r} changed while it was read; start again when "
                     "it is finished"
                 )
             self._rows = rows
@@ -69,16 +71,17 @@ class SourceRows:
         """Gives the memory of the rows back; who needs them again reads them again."""
         self._rows = None
 
-
-def _digests(sources: str) -> list[tuple[Source, str]]:
-    return [(source, digest(source)) for source in parse_sources(sources)]
+    def _digests(self) -> list[tuple[Source, str]]:
+        return [(source, digest(source)) for source in parse_sources(self._sources, self.field)]
 
 
 def _text(source):
     return source.path if source.amount is None else f"{source.path}@{source.amount}"
 
 
-def open_rows(sources: str, *, on_bad_row: str, seed: int, cache: str) -> SourceRows:
+def open_rows(
+    sources: str, *, on_bad_row: str, seed: int, cache: str, field: str = "data.sources"
+) -> SourceRows:
     """Looks up rows by content, and reads and checks them where they were never prepared.
 
     Args:
@@ -86,11 +89,12 @@ def open_rows(sources: str, *, on_bad_row: str, seed: int, cache: str) -> Source
         on_bad_row: `refuse` or `skip`.
         seed: chooses the rows where a source gives an amount.
         cache: the folder of prepared data, local or gs://.
+        field: of the config that names the sources, for messages.
 
     Raises:
         InputError: as `SourceRows.read`.
     """
-    rows = SourceRows(sources, on_bad_row, seed)
+    rows = SourceRows(sources, on_bad_row, seed, field)
     if not store.holds_any(cache, rows.key):
         rows.read()
     return rows
@@ -231,7 +235,7 @@ def prepare(
     rows.forget()
     manifest = Manifest(**stored.manifest)
     if manifest.largest_token >= vocab_size:
-        where = f"data.sources: {', '.join(manifest.sources)}"
+        where = f"{rows.field}: {', '.join(manifest.sources)}"
         raise outside_vocabulary(manifest.largest_token, vocab_size, tokenizer, where)
     arrays = dict(stored.arrays)
     row_lengths = arrays.pop("row_lengths")

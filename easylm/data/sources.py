@@ -113,9 +113,7 @@ def read_rows(
         before = bad.rows
         valid.append(_read(found.values, bad))
         if not valid[-1] and bad.rows == before:
-            raise InputError(
-                f"{field}: {source.path}: found no row; wanted at least one, or leave it out"
-            )
+            raise InputError(f"{field}: no rows in {source.path}; wanted at least one")
     total = bad.rows + sum(map(len, valid))
     if bad.rows and on_bad_row == "refuse":
         table = bad.table(_SHOWN_PROBLEMS)
@@ -131,7 +129,8 @@ def read_rows(
         read.rows += taken
     if not read.rows:
         raise InputError(
-            f"{field}: no rows are left of {sources!r} ({total:,} read)\n{bad.table(0)}"
+            f"{field}: no rows are left of {sources!r} ({total:,} read); wanted at least one\n"
+            f"{bad.table(0)}"
         )
     return read
 
@@ -201,9 +200,7 @@ def digest(source: Source) -> str:
     return digest_files(open_path(source.path).files)
 
 
-def _take(
-    rows: list[Row], source: Source, rng: np.random.Generator, field: str
-) -> list[Row]:
+def _take(rows: list[Row], source: Source, rng: np.random.Generator, field: str) -> list[Row]:
     """Chooses the amount of rows that the source asks for, in file order."""
     if source.amount is None:
         return rows
@@ -213,6 +210,6 @@ def _take(
     if not 0 < count <= len(rows):
         raise InputError(
             f"{field}: {source.path}@{source.amount}: wanted {count:,} rows; "
-            f"found {len(rows):,} valid ones"
+            f"found {len(rows):,} valid ones. Ask for 1 to {len(rows):,}, or for no amount"
         )
     return [rows[i] for i in np.sort(rng.choice(len(rows), count, replace=False))]

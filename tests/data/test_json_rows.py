@@ -237,7 +237,7 @@ def test_nothing_left_shows_the_table(tmp_path):
     assert "no rows" in str(error.value) and "(2 read)" in str(error.value)
     assert "1  no assistant turn" in str(error.value) and "1  not an object" in str(error.value)
     path.write_text("\n \n")
-    with pytest.raises(InputError, match=f"no rows in {path}"):
+    with pytest.raises(InputError, match=f"data.sources: no rows in {path}"):
         read_rows(str(path))
 
 
