@@ -73,9 +73,20 @@ def _pairs(segments):
     return rows, columns, shared | (rows == columns)
 
 
+_matmul = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _rows(x):
+    """`[batch, kv_heads, group, tokens, d]` -> `[batch, kv_heads, group * tokens, d]`.
+
+    With one axis to sum over, XLA's CPU backend multiplies as it is; two it transposes first.
+    """
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
 def _masked_scores(q, k, q_segments, k_segments, q_block, k_block):
     """Float32 scores `[batch, kv_heads, group, query, key]` of one pair of blocks."""
-    scores = jnp.einsum("bngqd,bnkd->bngqk", q, k, preferred_element_type=jnp.float32)
+    scores = _matmul("bnrd,bnkd->bnrk", _rows(q), k).reshape(*q.shape[:-1], k.shape[-2])
     q_places, k_places = (n * q.shape[-2] + jnp.arange(q.shape[-2]) for n in (q_block, k_block))
     causal = q_places[None, :, None] >= k_places[None, None, :]
     seen = (q_segments[:, :, None] == k_segments[:, None, :]) & causal
@@ -106,14 +117,9 @@ def _forward(q, k, v, segments):
             new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
             shrink = jnp.exp(maximum - new_maximum)
             weights = jnp.exp(scores - new_maximum[..., None])
-            update = jnp.einsum(
-                "bngqk,bnkd->bngqd",
-                weights.astype(v.dtype),
-                v[j],
-                preferred_element_type=jnp.float32,
-            )
+            update = _matmul("bnrk,bnkd->bnrd", _rows(weights.astype(v.dtype)), v[j])
             new_total = total * shrink + weights.sum(axis=-1)
-            return out * shrink[..., None] + update, new_maximum, new_total
+            return out * shrink[..., None] + update.reshape(out.shape), new_maximum, new_total
 
         blocks = [x[i] for x in carry]
         blocks = jax.lax.cond(shared, attend, lambda *unchanged: unchanged, *blocks)
@@ -136,9 +142,11 @@ def _attend_forward(q, k, v, segments):
 
 def _attend_backward(saved, d_out):
     q, k, v, segments, out, log_total = saved
-    matmul = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    # Row sums of probabilities times their gradient (FlashAttention, eq. 4).
-    row_sums = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=-1)
+    # Row sums of probabilities times their gradient (FlashAttention, eq. 4); on a CPU, an einsum
+    # is much faster than a product and its sum.
+    row_sums = jnp.einsum(
+        "...d,...d->...", out.astype(jnp.float32), d_out.astype(jnp.float32), precision="highest"
+    )
 
     def step(carry, pair):
         i, j, shared = pair
@@ -146,14 +154,15 @@ def _attend_backward(saved, d_out):
         def differentiate(d_q, d_k, d_v):
             scores = _masked_scores(q[i], k[j], segments[i], segments[j], i, j)
             probabilities = jnp.exp(scores - log_total[i][..., None])
-            d_probabilities = matmul("bngqd,bnkd->bngqk", d_out[i], v[j])
+            d_rows = _rows(d_out[i])
+            d_probabilities = _matmul("bnrd,bnkd->bnrk", d_rows, v[j]).reshape(scores.shape)
             d_scores = probabilities * (d_probabilities - row_sums[i][..., None])
-            d_scores = (d_scores * q.shape[-1] ** -0.5).astype(q.dtype)
-            probabilities = probabilities.astype(d_out.dtype)
+            d_scores = _rows((d_scores * q.shape[-1] ** -0.5).astype(q.dtype))
+            probabilities = _rows(probabilities.astype(d_out.dtype))
             return (
-                d_q + matmul("bngqk,bnkd->bngqd", d_scores, k[j]),
-                d_k + matmul("bngqk,bngqd->bnkd", d_scores, q[i]),
-                d_v + matmul("bngqk,bngqd->bnkd", probabilities, d_out[i]),
+                d_q + _matmul("bnrk,bnkd->bnrd", d_scores, k[j]).reshape(d_q.shape),
+                d_k + _matmul("bnrk,bnrd->bnkd", d_scores, _rows(q[i])),
+                d_v + _matmul("bnrk,bnrd->bnkd", probabilities, d_rows),
             )
 
         blocks = [x[n] for x, n in zip(carry, (i, j, j), strict=True)]
