@@ -156,7 +156,9 @@ def stop_tokens(
     tokens, mask = encode_messages(tokenizer, turns)
     if not mask.any():
         raise InputError(
-            "the chat template marks nothing that the assistant says as produced by it"
+            "the chat template marks nothing that the assistant says as produced by it; put "
+            "{% generation %} around the assistant's content and end of turn, or use "
+            "chat_template='tulu'"
         )
     last = int(tokens[mask == 1][-1])
     is_special = _special_text(tokenizer).fullmatch(tokenizer.convert_ids_to_tokens(last))

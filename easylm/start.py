@@ -13,7 +13,7 @@ from easylm.command import say
 from easylm.data.prepare import Prepared, SourceRows, open_rows, prepare
 from easylm.errors import InputError
 from easylm.models.llama.config import LlamaConfig
-from easylm.tokenizer import load_tokenizer, set_chat_template, train_tokenizer
+from easylm.tokenizer import load_tokenizer, require_eos, set_chat_template, train_tokenizer
 from easylm.trainers.config import SftConfig
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def open_tokenizer(
         tokenizer = load_tokenizer(config.data.tokenizer, config.data.chat_template)
     else:
         tokenizer = weights.tokenizer()
+        require_eos(tokenizer, config.init_from)
         set_chat_template(tokenizer, config.data.chat_template, config.init_from)
     check_eos_newline(tokenizer, config.data.eos_newline)
     return tokenizer

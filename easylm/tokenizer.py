@@ -79,14 +79,19 @@ def load_tokenizer(
         tokenizer = _from_sentencepiece(files["tokenizer.model"], path)
     else:
         tokenizer = load_tokenizer_files(files, path)
-    if tokenizer.eos_token is None:
-        raise InputError(
-            f"{path}: the tokenizer names no eos_token, so an answer could not end; "
-            f"add eos_token to its tokenizer_config.json"
-        )
+    require_eos(tokenizer, path)
     if chat_template is not None:
         set_chat_template(tokenizer, os.fspath(chat_template), path)
     return tokenizer
+
+
+def require_eos(tokenizer: PreTrainedTokenizerFast, where: str) -> None:
+    """Raises InputError unless the tokenizer, which `where` names, can end an answer."""
+    if tokenizer.eos_token is None:
+        raise InputError(
+            f"{where}: the tokenizer names no eos_token, so an answer could not end; "
+            f"add eos_token to its tokenizer_config.json"
+        )
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerFast, chat_template: str, where: str) -> None:

@@ -217,7 +217,7 @@ def prepare(
             processes=processes,
             progress=progress,
         )
-        counts = _write_examples(writer, parts, len(rows.read().rows), seq_len)
+        counts = _write_examples(writer, parts, rows, seq_len)
         return dataclasses.asdict(
             Manifest(
                 sources=_describe_sources(rows),
@@ -262,8 +262,11 @@ def _describe_sources(rows: SourceRows) -> dict[str, dict[str, Any]]:
     }
 
 
-def _write_examples(writer: store.ArrayWriter, parts, rows: int, seq_len: int) -> dict[str, Any]:
+def _write_examples(
+    writer: store.ArrayWriter, parts, rows: SourceRows, seq_len: int
+) -> dict[str, Any]:
     """Writes the arrays of a `Prepared`; returns the counts of a `Manifest`."""
+    count = len(rows.read().rows)
     lengths = []
     dropped: Counter[str] = Counter()
     truncated = target_tokens = largest = 0
@@ -281,13 +284,14 @@ def _write_examples(writer: store.ArrayWriter, parts, rows: int, seq_len: int) -
     of_all = np.concatenate(lengths)
     if not len(of_all):
         raise InputError(
-            f"no example is left of {rows:,} rows at data.seq_len={seq_len:,}: "
-            + ", ".join(f"{count:,} {why}" for why, count in dropped.items())
+            f"{rows.field}: no example is left of {count:,} rows at data.seq_len={seq_len:,}; "
+            "wanted at least one. Dropped: "
+            + ", ".join(f"{dropped[why]:,} {why}" for why in dropped)
         )
     writer.append(offsets=np.concatenate([[0], np.cumsum(of_all)]).astype(np.int64))
     low, q25, median, q75, high = np.quantile(of_all, [0, 0.25, 0.5, 0.75, 1])
     return {
-        "rows": rows,
+        "rows": count,
         "kept": len(of_all),
         "truncated": truncated,
         "dropped": dict(dropped),
