@@ -65,10 +65,6 @@ class Checkpointer:
                 options=options,
             )
 
-    def latest_step(self) -> int | None:
-        """The newest complete checkpoint."""
-        return self._manager.latest_step()
-
     def save(self, step: int, params: dict, opt_state, bundle: dict) -> None:
         """Starts saving; returns as soon as the arrays may be overwritten."""
         self._manager.save(
@@ -79,22 +75,6 @@ class Checkpointer:
                 bundle=ocp.args.JsonSave(bundle),
             ),
         )
-
-    def restore(self, step: int, params: dict, opt_state) -> tuple:
-        """(params, opt_state) of a step.
-
-        Args:
-          step: of a complete checkpoint.
-          params, opt_state: trees of jax.ShapeDtypeStruct with the shardings wanted.
-        Raises:
-          InputError: the checkpoint is damaged, or of another model or optimizer.
-        """
-        folder = f"{self._folder}/{step}"
-        return _read(folder, "params", params), _read(folder, "opt_state", opt_state)
-
-    def bundle(self, step: int) -> dict:
-        """The bundle of a step; see `read_bundle`."""
-        return read_bundle(f"{self._folder}/{step}")
 
     def close(self) -> None:
         """Waits for saves under way."""
@@ -119,11 +99,21 @@ def find_checkpoint(path: str) -> str | None:
             )
         return path
     for folder in (f"{path}/checkpoints", path):
-        if storage.is_folder(folder):
-            steps = ocp.utils.checkpoint_steps(_absolute(folder))
-            if steps:
-                return f"{folder}/{max(steps)}"
+        step = _latest_step(folder)
+        if step is not None:
+            return f"{folder}/{step}"
     return None
+
+
+def latest_step(workdir: str) -> int | None:
+    """The newest complete checkpoint of a run; reads nothing but names."""
+    return _latest_step(f"{workdir}/checkpoints")
+
+
+def _latest_step(folder: str) -> int | None:
+    if not storage.is_folder(folder):
+        return None
+    return max(ocp.utils.checkpoint_steps(_absolute(folder)), default=None)
 
 
 def read_bundle(step_folder: str) -> dict:
@@ -163,6 +153,17 @@ def read_params(step_folder: str, params: dict) -> dict:
       InputError: the checkpoint is damaged, or of another model.
     """
     return _read(step_folder, "params", params)
+
+
+def read_state(step_folder: str, params: dict, opt_state) -> tuple:
+    """The parameters and the optimizer's state of a step folder, on the devices.
+
+    Args:
+      params, opt_state: trees of jax.ShapeDtypeStruct with the shardings wanted.
+    Raises:
+      InputError: the checkpoint is damaged, or of another model or optimizer.
+    """
+    return _read(step_folder, "params", params), _read(step_folder, "opt_state", opt_state)
 
 
 def write_params(target: str, params: dict, bundle: dict) -> None:

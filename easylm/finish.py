@@ -5,6 +5,7 @@ import json
 from easylm import storage
 from easylm.command import say
 from easylm.converters.export import export_hf
+from easylm.errors import InputError
 from easylm.models.llama.config import LlamaConfig
 from easylm.trainers.config import SftConfig
 
@@ -18,6 +19,8 @@ class Exporter:
       model: sizes of the model.
       tokenizer_files: name -> content, chat template included.
       total_steps: of the run.
+    Raises:
+      InputError: what is in the place of the model is none, or must not be written over.
     """
 
     def __init__(
@@ -31,6 +34,22 @@ class Exporter:
     ):
         self._config, self._workdir, self._model = config, workdir, model
         self._files, self._total_steps = tokenizer_files, total_steps
+        self._check_place()
+
+    def _check_place(self) -> None:
+        folder = f"{self._workdir}/hf"
+        if not storage.exists(folder):
+            return
+        if not storage.is_folder(folder):
+            raise InputError(
+                f"{folder}: is a file; wanted a folder for the model, or none: move it away"
+            )
+        steps = [name for name in storage.list_folders(folder) if name.isdigit()]
+        if steps and self._config.export.every is None:
+            raise InputError(
+                f"{folder}: holds the model after step {', '.join(steps)}; wanted export.every set "
+                "as when it was written, or that folder moved away"
+            )
 
     def __call__(self, step: int, params: dict) -> str:
         """Exports the parameters after `step`, unless that is done; returns the folder.

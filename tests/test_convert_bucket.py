@@ -8,7 +8,14 @@ import pytest
 import safetensors.numpy
 
 from easylm import storage
-from easylm.checkpoint import Checkpointer, find_checkpoint, make_bundle, read_bundle
+from easylm.checkpoint import (
+    Checkpointer,
+    find_checkpoint,
+    latest_step,
+    make_bundle,
+    read_bundle,
+    read_state,
+)
 from easylm.convert import main
 from easylm.errors import InputError
 from tests import bucket
@@ -81,7 +88,7 @@ def test_the_newest_complete_checkpoint_of_a_bucket_comes_back(root):
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {"norm": {"scale": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=place)}}
     checkpointer = Checkpointer(workdir, keep=2)
-    assert checkpointer.latest_step() is None and find_checkpoint(workdir) is None
+    assert latest_step(workdir) is None and find_checkpoint(workdir) is None
     for step in (8, 9, 10):
         params = {"norm": {"scale": jnp.full(3, step, jnp.float32)}}
         checkpointer.save(step, params, params, make_bundle({"n": step}, {}))
@@ -92,11 +99,9 @@ def test_the_newest_complete_checkpoint_of_a_bucket_comes_back(root):
     with pytest.raises(InputError, match=r"11: the save that made this checkpoint did not finish"):
         find_checkpoint(f"{workdir}/checkpoints/11")
 
-    checkpointer = Checkpointer(workdir, keep=2)
-    assert checkpointer.latest_step() == 10
-    params, opt_state = checkpointer.restore(10, abstract, abstract)
+    assert latest_step(workdir) == 10
+    params, opt_state = read_state(f"{workdir}/checkpoints/10", abstract, abstract)
     assert params["norm"]["scale"].tolist() == opt_state["norm"]["scale"].tolist() == [10] * 3
-    checkpointer.close()
     assert find_checkpoint(workdir) == f"{workdir}/checkpoints/10"
     assert read_bundle(f"{workdir}/checkpoints/9")["model_config"] == {"n": 9}
     assert not storage.exists(f"{workdir}/checkpoints/8")

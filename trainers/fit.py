@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from easylm.checkpoint import Checkpointer
+from easylm.checkpoint import Checkpointer, latest_step, read_bundle, read_state
 from easylm.command import say
 from easylm.config import write_json
 from easylm.data.batches import BatchStream, prefetch
@@ -74,13 +74,15 @@ def fit(
         batch_rows=stream.rows_per_batch,
         total_steps=len(stream),
     )
-    checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
-    last_step = checkpointer.latest_step() or 0
+    last_step = latest_step(workdir) or 0
+    step_folder = f"{workdir}/checkpoints/{last_step}"
     if last_step:
         say(f"going on after step {last_step} of {len(stream)}")
-        _check_same_data(checkpointer.bundle(last_step), bundle, workdir)
+        _check_same_data(read_bundle(step_folder), bundle, workdir)
+    state = _start(program, step_folder, last_step, load_params)
+    # What the run starts from is good: only now does it leave a trace.
+    checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
     write_json(config, f"{workdir}/config.json")
-    state = _start(program, checkpointer, last_step, load_params)
     saver = Saver(config, checkpointer, export, bundle)
     saver.export(last_step, state.params)  # it may have been cut off
     if last_step >= len(stream):
@@ -115,14 +117,16 @@ def _use_compilation_cache(folder: str) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
 
 
-def _start(program: Program, checkpointer, last_step: int, load_params: LoadParams) -> TrainState:
-    """The state after `last_step`: loaded, or restored from its checkpoint."""
+def _start(
+    program: Program, step_folder: str, last_step: int, load_params: LoadParams
+) -> TrainState:
+    """The state after `last_step`: loaded, or restored from its checkpoint `step_folder`."""
     state = program.state
     if last_step == 0:
         dtype = jax.tree.leaves(state.params)[0].dtype
         params = load_params(program.shardings.params, dtype)
         return init_state(params, program.optimizer, program.shardings)
-    params, opt_state = checkpointer.restore(last_step, state.params, state.opt_state)
+    params, opt_state = read_state(step_folder, state.params, state.opt_state)
     step = jax.device_put(jnp.int32(last_step), state.step.sharding)
     return TrainState(step, params, opt_state)
 
