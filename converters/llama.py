@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-import jax.numpy as jnp
+import numpy as np
 
-from easylm.converters.tensors import TensorInfo, refuse
+from easylm.converters.tensors import BFLOAT16, TensorInfo, refuse
 from easylm.models.llama.config import LlamaConfig
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -149,7 +149,7 @@ def check_tensors(config: LlamaConfig, infos: Mapping[str, TensorInfo], where: s
                 f"{info.where}: tensor {name}: found shape {list(info.shape)}; config.json says "
                 f"{list(allowed[name])}"
             )
-        if not jnp.issubdtype(info.dtype, jnp.floating):
+        if info.dtype != BFLOAT16 and not np.issubdtype(info.dtype, np.floating):
             problems.append(
                 f"{info.where}: tensor {name}: found dtype {info.dtype}; wanted a float"
             )

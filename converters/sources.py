@@ -158,7 +158,7 @@ def _download(name: str) -> str:
     except (errors.HfHubHTTPError, errors.EntryNotFoundError, OSError, ValueError) as error:
         raise InputError(
             f"{name}: no such folder here, and the Hugging Face hub gave no model of that name "
-            f"({str(error).strip().splitlines()[0]}). Check the spelling, the network, "
+            f"({str(error).strip().splitlines()[0].rstrip('.')}). Check the spelling, the network, "
             "HF_ENDPOINT, and for a private or gated model HF_TOKEN"
         ) from error
     return folder

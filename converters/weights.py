@@ -14,6 +14,7 @@ from tqdm import tqdm
 from easylm import storage
 from easylm.converters import safetensors_io, torch_bin
 from easylm.converters.easylm_stream import EasyLMSource
+from easylm.converters.llama import check_tensors
 from easylm.converters.sources import open_source
 from easylm.converters.tensors import BFLOAT16, TensorSource
 from easylm.errors import InputError
@@ -103,13 +104,15 @@ def _find_native(path: str) -> str | None:
 
 def _from_source(source: TensorSource) -> Weights:
     folder = source.folder or "."
+    config = LlamaConfig.from_hf(source.config, source.config_path)
+    check_tensors(config, source.tensors, folder)
 
-    def load(config, shardings, dtype):
+    def load(wanted, shardings, dtype):
         from easylm.converters.load import load_params
 
-        return load_params(source, config, shardings, dtype)
+        return load_params(source, wanted, shardings, dtype)
 
-    def export(config, target, dtype, tokenizer_files, model_card):
+    def export(wanted, target, dtype, tokenizer_files, model_card):
         from easylm.converters.recast import recast
 
         files = tokenizer_files
@@ -118,13 +121,13 @@ def _from_source(source: TensorSource) -> Weights:
             kept = storage.list_files(folder).keys() & {"README.md", "generation_config.json"}
             files = files | {name: storage.read_bytes(f"{folder}/{name}") for name in kept}
         files = {"README.md": model_card.encode(), **files}
-        recast(source, config, target, dtype=dtype, files=files)
+        recast(source, wanted, target, dtype=dtype, files=files)
 
     all_bfloat16 = all(info.dtype == BFLOAT16 for info in source.tensors.values())
     return Weights(
         kind=source.kind,
         where=folder,
-        config=LlamaConfig.from_hf(source.config, source.config_path),
+        config=config,
         dtype="bfloat16" if all_bfloat16 else "float32",
         run_config=None,
         tokenizer_files=tokenizer_files_in(folder),

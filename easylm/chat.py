@@ -177,7 +177,7 @@ def check_eos_newline(tokenizer: PreTrainedTokenizerFast, eos_newline: str) -> N
     if eos_newline == "keep":
         return
     if eos_newline != "strip":
-        raise InputError(f"eos_newline: found {eos_newline!r}; wanted 'keep' or 'strip'")
+        raise InputError(f"data.eos_newline: found {eos_newline!r}; wanted 'keep' or 'strip'")
     if tokenizer.chat_template != TULU:
         found = "a chat template that is not Tülu's"
     elif not _is_like_llamas(tokenizer):
@@ -185,8 +185,8 @@ def check_eos_newline(tokenizer: PreTrainedTokenizerFast, eos_newline: str) -> N
     else:
         return
     raise InputError(
-        f"eos_newline: found 'strip' with {found}; wanted 'keep': strip repeats what the LLaMA "
-        f"tokenizer did with the Tülu template when Tülu 2 was trained"
+        f"data.eos_newline: found 'strip' with {found}; wanted 'keep': strip repeats what the "
+        f"LLaMA tokenizer did with the Tülu template when Tülu 2 was trained"
     )
 
 

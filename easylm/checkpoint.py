@@ -126,7 +126,10 @@ def read_bundle(step_folder: str) -> dict:
         bundle = ocp.JsonCheckpointHandler().restore(_absolute(f"{step_folder}/bundle"))
     found = bundle.get("format") if isinstance(bundle, dict) else None
     if found != FORMAT:
-        raise InputError(f"{step_folder}/bundle: format: found {found!r}; wanted {FORMAT!r}")
+        raise InputError(
+            f"{step_folder}/bundle: format: found {found!r}; wanted {FORMAT!r}. Use the version of "
+            "easylm that wrote it, or another folder"
+        )
     missing = [field for field in _BUNDLE_FIELDS if field not in bundle]
     if missing:
         raise InputError(
@@ -234,6 +237,7 @@ def _damage_named(step_folder: str, item: str) -> Iterator[None]:
         if type(error) is not Exception and not isinstance(error, (ValueError, KeyError, OSError)):
             raise
         reason = (str(error.__cause__ or error) or repr(error)).splitlines()[0]
+        reason = reason.partition(" [tensorstore_spec=")[0].rstrip(".")  # how it was opened
         raise InputError(
             f"{step_folder}/{item}: cannot be restored: {reason}. Wanted a "
             "complete checkpoint of this model; move this folder away to use an older one."

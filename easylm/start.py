@@ -78,7 +78,10 @@ def model_config(config: SftConfig, weights: "Weights | None", tokenizer) -> Lla
     """
     size = len(tokenizer)
     known = None if weights is None else weights.config.eos_token_id
-    stops = stop_tokens(tokenizer, known)
+    try:
+        stops = stop_tokens(tokenizer, known)
+    except InputError as error:
+        raise InputError(f"data.chat_template={config.data.chat_template}: {error}") from None
     if weights is not None and stops != known:
         names = tokenizer.convert_ids_to_tokens([stops] if isinstance(stops, int) else [*stops])
         say(f"an answer ends at {' or '.join(names)}; the model's own eos_token_id was {known}")

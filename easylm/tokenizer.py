@@ -283,7 +283,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | os.Path
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise InputError(f"a tokenizer of {vocab_size} ids cannot be trained: {error}") from error
+        needed = re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error))
+        if not needed:
+            raise InputError(f"the texts make no tokenizer of {vocab_size} ids: {error}") from error
+        raise InputError(
+            f"data.tokenizer_vocab_size: found {vocab_size}; wanted at least {needed[1]}: so many "
+            "different characters are in the texts, with the bytes and special tokens"
+        ) from error
     tokenizer = _from_sentencepiece(model.getvalue(), "the trained tokenizer")
     tokenizer.chat_template = TULU
     with storage.write_folder(os.fspath(folder)) as unfinished:
@@ -322,8 +328,9 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
         tokenizer = loader.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{name}: no such folder, and the Hugging Face hub did not give a tokenizer of that "
-            f"name: {error}"
+            f"{name}: no such folder here, and the Hugging Face hub gave no tokenizer of that name "
+            f"({str(error).strip().splitlines()[0].rstrip('.')}). Check the spelling, the network, "
+            "HF_ENDPOINT, and for a private or gated model HF_TOKEN"
         ) from error
     return _require_fast(tokenizer, name)
 

@@ -1,6 +1,7 @@
 """Whether a workdir holds a run, and whether it is this one."""
 
 import dataclasses
+import os
 
 from easylm import storage
 from easylm.config import difference, read_json
@@ -46,6 +47,11 @@ def holds_same_run(config, workdir: str) -> bool:
                 "made it; wanted a new folder for this run, or that model moved away"
             )
         return False
+    if not storage.exists(f"{workdir}/config.json"):
+        raise InputError(
+            f"{workdir}/config.json: no such file, though {workdir}/checkpoints holds a run; "
+            "wanted the one it was started with, or a new folder for this run"
+        )
     old = read_json(type(config), f"{workdir}/config.json")
     changed = difference(dataclasses.asdict(old), dataclasses.asdict(config))
     changed = [line for line in changed if not line.startswith(FREE_FIELDS)]
@@ -63,7 +69,10 @@ def has_checkpoints(workdir: str) -> bool:
     Raises:
       InputError: the workdir is a file.
     """
-    if storage.exists(workdir) and not storage.is_folder(workdir):
-        raise InputError(f"--workdir: {workdir} is a file; wanted a folder, or a new name for one")
+    place = workdir  # or what is there of it
+    while not storage.is_bucket(place) and place and not storage.exists(place):
+        place = os.path.dirname(place)
+    if place and storage.exists(place) and not storage.is_folder(place):
+        raise InputError(f"--workdir: {place} is a file; wanted a folder, or a new name for one")
     folder = f"{workdir}/checkpoints"
     return storage.is_folder(folder) and any(map(str.isdigit, storage.list_folders(folder)))

@@ -397,8 +397,14 @@ def a_pickle(sources, hf, target):
 
 
 def larger_tokenizer(sources, hf, target):
-    edit_config(hf, vocab_size=8)
-    return command(hf, target, "hf"), ["the tokenizer has", "vocab_size is 8", "--resize_vocab"]
+    tokenizer = load_tokenizer(hf)
+    tokenizer.add_tokens([f"<extra {i}>" for i in range(models.VOCAB_SIZE + 1 - len(tokenizer))])
+    tokenizer.save_pretrained(hf)
+    return command(hf, target, "hf"), [
+        f"the tokenizer has {models.VOCAB_SIZE + 1}",
+        f"vocab_size is {models.VOCAB_SIZE}",
+        "--resize_vocab",
+    ]
 
 
 def damaged_checkpoint(sources, hf, target):
