@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import runpy
 import sys
 import traceback
@@ -250,7 +251,7 @@ def load(path_or_name: str) -> ConfigFile:
     except InputError as error:
         raise InputError(f"{_line(path, error)}: {error}") from None
     except (AttributeError, ImportError, LookupError, NameError, TypeError, ValueError) as error:
-        raise InputError(f"{_line(path, error)}: {type(error).__name__}: {error}") from None
+        raise InputError(f"{_line(path, error)}: {type(error).__name__}: {_said(error)}") from None
 
 
 def _run(path: pathlib.Path) -> ConfigFile:
@@ -261,6 +262,15 @@ def _run(path: pathlib.Path) -> ConfigFile:
     if not isinstance(config, config_dict.ConfigDict):
         raise InputError(f"get_config() returned {config!r}; wanted a ConfigDict")
     return ConfigFile(path, module["__doc__"] or "", config)
+
+
+def _said(error: Exception) -> str:
+    """What an exception says; ml_collections wraps one, and shows all fields before its advice."""
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    said = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    said = re.sub(r" Other fields present: .*?(?=\nDid you mean|\Z)", "", said, flags=re.DOTALL)
+    return " ".join(said.split())
 
 
 def _line(path: pathlib.Path, error: Exception) -> str:

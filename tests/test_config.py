@@ -151,7 +151,11 @@ def test_a_wrong_option_is_refused_by_name(config_file, override, expected):
 @pytest.mark.parametrize(
     "line, expected",
     [
-        ("config.inner.rat = 1", "run.py:10: AttributeError: "),
+        (
+            "config.inner.rat = 1",
+            'run.py:10: AttributeError: Key "rat" does not exist and cannot be added since '
+            'the config is locked. Did you mean "rate"',
+        ),
         ("config.steps = 'many'", "run.py:10: TypeError: "),
         ("config.inner.rate = -1", "config.inner.rate: found -1.0; wanted 0 or more"),
         ("undefined", "run.py:10: NameError: "),
