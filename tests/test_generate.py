@@ -14,7 +14,9 @@ import transformers
 from easylm import storage
 from easylm.command import run_command
 from easylm.convert import main as convert
-from easylm.generate import main, new_file
+from easylm.generate import main, new_file, text_of
+from easylm.models.llama.decoding import Completion
+from easylm.tokenizer import load_tokenizer
 from tests.bucket import running_bucket
 from tests.converters import models
 
@@ -136,13 +138,25 @@ def test_a_prompt_is_a_users_message(folder, generate):
     assert "cut off after 12 tokens" in said
 
 
-def test_raw_continues_the_prompt_and_keeps_its_space(folder, generate):
+def test_raw_continues_the_prompt_as_it_stands(folder, generate):
     text, _ = by_transformers(folder, QUICK, 12)
     code, out, said = generate(
         f"--model={folder / 'base'}", f"--prompt={QUICK}", "--raw", "--max_new_tokens=12"
     )
     assert (code, out) == (0, f"{text}\n"), said
     assert "as they stand (--raw)" in said
+
+
+@pytest.mark.parametrize("text", [" quick brown", "fox", "\n\n dog ", "ü你", "\ufffd\ufffd dog"])
+def test_the_text_of_an_answer_keeps_its_spaces_and_bytes(folder, text):
+    tokenizer = load_tokenizer(folder / "hf")
+    # Behind a letter, so that the tokenizer adds no space of its own; broken bytes by hand.
+    ids = tokenizer("a" + text.replace("\ufffd", "\n"), add_special_tokens=False)["input_ids"]
+    ids = ids[len(tokenizer("a", add_special_tokens=False)["input_ids"]) :]
+    broken, newline = tokenizer.convert_tokens_to_ids(["<0xFF>", "<0x0A>"])
+    if "\ufffd" in text:
+        ids = [broken if id == newline else id for id in ids]
+    assert text_of(tokenizer, Completion(ids, "stop")) == text
 
 
 def test_several_prompts_are_told_apart(folder, generate):

@@ -128,11 +128,12 @@ def test_a_prompt_compiles_nothing_that_another_of_its_bucket_did(model, caplog)
             ([30, 1], {"max_new_tokens": 32, "temperature": 0.5, "seed": 3}),
             ([17, 32], {"max_new_tokens": 5, "temperature": 2.0, "top_p": 0.5}),
             ([33, 9], {"max_new_tokens": 20}),
+            ([3, 50], {"max_new_tokens": 20}),
         ]:
             caplog.clear()
             ours.generate(prompts_of(lengths), Decoding(**options))
             compiled.append(sum("Compiling jit(_continue)" in text for text in caplog.messages))
-    assert compiled == [1, 0, 0, 2]
+    assert compiled == [1, 0, 0, 2, 0]
 
 
 def test_bfloat16_takes_tokens_that_are_likeliest_in_bfloat16(model):
@@ -224,10 +225,10 @@ def test_equals_of_the_last_token_of_a_nucleus_belong_to_it():
 
 
 def test_a_very_low_temperature_takes_the_likeliest():
-    scores = jnp.float32([[500.0, 499.0, -500.0]] * 50)
+    scores = jnp.float32([[499.0, -500.0, 500.0]] * 50)
     keys = jax.random.split(jax.random.key(0), 50)
-    tokens = next_tokens(scores, keys, jnp.float32(1e-30), jnp.float32(0.9))
-    assert np.asarray(tokens).tolist() == [0] * 50
+    tokens = next_tokens(scores, keys, jnp.float32(1e-37), jnp.float32(0.9))
+    assert np.asarray(tokens).tolist() == [2] * 50
 
 
 @pytest.mark.parametrize("length", [0, 64, 100])
