@@ -14,6 +14,7 @@ from etils import epath
 
 from easylm import storage
 from easylm.errors import InputError
+from easylm.patience import patient_loops
 
 FORMAT = "easylm-1"
 _BUNDLE_FIELDS = ("model_config", "run_config", "tokenizer")
@@ -231,7 +232,8 @@ def _absolute(path: str) -> epath.Path:
 @contextlib.contextmanager
 def _damage_named(step_folder: str, item: str) -> Iterator[None]:
     try:
-        yield
+        with patient_loops():
+            yield
     except Exception as error:
         # Orbax hands on what tensorstore says of unreadable data as a bare Exception.
         if type(error) is not Exception and not isinstance(error, (ValueError, KeyError, OSError)):
