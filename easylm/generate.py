@@ -332,7 +332,7 @@ def answer_file(
             bar.update()
     say(
         f"wrote {output}: {written:,} rows, {produced:,} tokens, {rate:,.0f} tokens/s; "
-        f"{stopped:,} answers ended, {written - stopped:,} were cut off"
+        f"{stopped:,} ended, {written - stopped:,} cut off"
     )
 
 

@@ -215,7 +215,7 @@ def test_every_token_that_the_model_calls_an_end_ends_an_answer(folder, generate
     command = [f"--model={tmp_path / 'hf'}", f"--input={rows}", f"--output={tmp_path / 'out'}"]
     code, _, said = generate(*command, "--raw")
     assert code == 0, said
-    assert "1 answers ended, 0 were cut off" in said
+    assert "1 ended, 0 cut off" in said
     [row] = read_answers(tmp_path / "out")
     text = spelled(tokenizer.convert_ids_to_tokens(out[:end]))
     assert (row["completion"], row["finish_reason"]) == (text, "stop")
