@@ -4,9 +4,10 @@
 
 Medians of `--steps` steps, after two that do not count. Three parts:
 
-- `speed`: 8 full rows of 512 tokens, with and without recomputation in the backward pass, beside
-  a plain training loop in torch and transformers. Each runs in a process of its own and they take
-  one step in turn, so that a busy machine slows all of them.
+- `speed`: 8 full rows of 512 tokens, beside a plain training loop in torch and transformers. The
+  step keeps what it needs for the backward pass, as torch does, or is lean: it keeps only the
+  input of each block, and the logits of 512 tokens. Each runs in a process of its own and they
+  take one step in turn, so that a busy machine slows all of them.
 - `packing`: useful tokens a second where lengths are to a row what Tülu 2's are: examples packed;
   one a row, padded to the longest of the batch; one a row, padded to the full row. A batch padded
   to its longest takes as long as rows of that width; widths between four measured ones are
@@ -102,7 +103,7 @@ class Worker:
 
 def measure_speed(size: str, steps: int) -> dict:
     """One step of every contestant in turn."""
-    names = ("torch", "easylm", "easylm, remat")
+    names = ("torch", "easylm", "easylm, lean")
     with contextlib.ExitStack() as stack:
         workers = {
             name: stack.enter_context(contextlib.closing(Worker(name, size))) for name in names

@@ -146,10 +146,10 @@ def cycle(batches: BatchStream) -> Iterator[Batch]:
     return (batches[step] for step in itertools.cycle(range(len(batches))))
 
 
-def serve_easylm(model: LlamaConfig, remat: str) -> None:
+def serve_easylm(model: LlamaConfig, **options) -> None:
     """Takes steps of training on full rows."""
     batches = cycle(full_rows(model))
-    run = Run(model, remat=remat)
+    run = Run(model, **options)
     compiled = run.compiled(next(batches))
     tokens = ROWS * model.max_position_embeddings
     threads = len(os.sched_getaffinity(0))
@@ -261,7 +261,7 @@ def answer(first: dict, take: Callable[[str], dict]) -> None:
 
 WORKERS = {
     "easylm": functools.partial(serve_easylm, remat="none"),
-    "easylm, remat": functools.partial(serve_easylm, remat="block"),
+    "easylm, lean": functools.partial(serve_easylm, remat="block", loss_chunk=64),
     "torch": serve_torch,
     "packing": serve_packing,
     "all logits": functools.partial(serve_memory, loss_fn=loss_of_all_logits),
