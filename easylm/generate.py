@@ -91,7 +91,9 @@ def main(argv: Sequence[str]) -> None:
             print(f"> {asked}")
         print(text_of(tokenizer, completion), flush=True)
         if completion.finish_reason == "length":
-            say(f"cut off after {len(completion.tokens):,} tokens; --max_new_tokens allows more")
+            limit = len(completion.tokens) == arguments.max_new_tokens
+            why = "--max_new_tokens allows more" if limit else "the model has no more positions"
+            say(f"cut off after {len(completion.tokens):,} tokens; {why}")
 
 
 def _parser() -> argparse.ArgumentParser:

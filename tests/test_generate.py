@@ -135,7 +135,7 @@ def test_a_prompt_is_a_users_message(folder, generate):
     assert (code, out) == (0, f"{text}\n"), said
     assert "Hugging Face safetensors" in said
     assert "chat template (own)" in said
-    assert "cut off after 12 tokens" in said
+    assert "cut off after 12 tokens; --max_new_tokens allows more" in said
 
 
 def test_raw_continues_the_prompt_as_it_stands(folder, generate):
@@ -157,6 +157,13 @@ def test_the_text_of_an_answer_keeps_its_spaces_and_bytes(folder, text):
     if "\ufffd" in text:
         ids = [broken if id == newline else id for id in ids]
     assert text_of(tokenizer, Completion(ids, "stop")) == text
+
+
+def test_an_answer_ends_at_the_last_position(folder, generate):
+    length = len(load_tokenizer(folder / "hf")(LONG[:200])["input_ids"])
+    code, _, said = generate(f"--model={folder / 'hf'}", f"--prompt={LONG[:200]}", "--raw")
+    assert code == 0, said
+    assert f"cut off after {256 - length} tokens; the model has no more positions" in said
 
 
 def test_several_prompts_are_told_apart(folder, generate):
