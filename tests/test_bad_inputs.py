@@ -8,7 +8,7 @@ import pytest
 from easylm import sft
 from easylm.command import COLUMNS, format_error
 from easylm.errors import InputError
-from tests import bad_data, bad_setups
+from tests import bad_data, bad_models, bad_setups
 from tests.runs import RANDOM, arguments, make_folder, start
 
 
@@ -142,7 +142,7 @@ def unknown_role(folder, run):
     row, wanted = bad_data.ROW["unknown role"]
     path = folder / "bad.jsonl"
     path.write_bytes(bad_data.file_of(row))
-    return bad_setups.Case({**RANDOM, "data.sources": path}, [f"{path}:2: {wanted}"])
+    return bad_models.Case({**RANDOM, "data.sources": path}, [f"{path}:2: {wanted}"])
 
 
 @pytest.mark.parametrize(
@@ -150,8 +150,8 @@ def unknown_role(folder, run):
     [
         unknown_role,
         bad_setups.OPTIONS["an unknown field"],
-        bad_setups.cut_weights,
-        bad_setups.weights_that_are_not_finite,
+        bad_models.cut_weights,
+        bad_models.weights_that_are_not_finite,
         bad_setups.a_damaged_checkpoint,
     ],
     ids=["row", "option", "weights", "values", "checkpoint"],
