@@ -21,6 +21,7 @@ from tqdm import tqdm
 from easylm import storage
 from easylm.chat import encode_prompt
 from easylm.command import COLUMNS, run_command, say
+from easylm.compilation import CACHE, use_compilation_cache
 from easylm.config import parse_mesh
 from easylm.converters.weights import Weights, open_weights
 from easylm.data.prompts import Prompt, list_problems, read_prompts, text_prompt
@@ -50,7 +51,6 @@ examples:
   let a base model go on with a text
     python -m easylm.generate --model=meta-llama/Llama-2-7b-hf --raw \\
         --prompt="The capital of France is" --max_new_tokens=8"""
-_CACHE = "~/.cache/easylm/xla"
 _PARTIAL = ".partial"
 
 _Number = TypeVar("_Number", int, float)
@@ -294,8 +294,7 @@ def start(arguments: argparse.Namespace, weights: Weights) -> Generator:
     from easylm.models.llama.sharding import param_shardings, tensor_sizes
     from easylm.sharding import make_mesh
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(_CACHE))
+    use_compilation_cache(CACHE)
     config, devices = weights.config, jax.device_count()
     # A token needs every weight once: they are split, not gathered from all devices each time.
     tensor = max(size for size in tensor_sizes(config) if devices % size == 0)

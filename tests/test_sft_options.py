@@ -170,7 +170,7 @@ def test_other_data_is_refused_with_its_counts_and_leaves_the_config(folder, fir
     shutil.copytree(first, workdir)
     other.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:-1]))
     before = (workdir / "config.json").read_bytes()
-    options = {**RANDOM, "data.sources": other, "log_every": 2}
+    options = {**RANDOM, "data.sources": other, "log_every": 2, "export.every": 4}
     with pytest.raises(InputError, match=r"found 35 examples of .* wanted 36 examples of"):
         sft.main(arguments(folder, workdir, options))
     assert (workdir / "config.json").read_bytes() == before

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from easylm.compilation import CACHE
 from easylm.config import option, parse_mesh
 from easylm.errors import InputError
 from easylm.models.llama.config import LlamaConfig
@@ -57,7 +58,7 @@ class SftConfig:
         "bfloat16", "Of activations and matrix products."
     )
     compilation_cache: str = option(
-        "~/.cache/easylm/xla", "Folder of compiled steps, which later starts use; empty: none."
+        CACHE, "Folder of compiled steps, which later starts use; empty: none."
     )
     model: ModelConfig
     data: DataConfig

@@ -1,7 +1,6 @@
 """A run: model, objective and data brought together on the devices, from start or checkpoint."""
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 
 from easylm.checkpoint import Checkpointer, latest_step, read_bundle, read_state
 from easylm.command import say
+from easylm.compilation import use_compilation_cache
 from easylm.config import write_json
 from easylm.data.batches import BatchStream, prefetch
 from easylm.errors import InputError
@@ -65,7 +65,7 @@ def fit(
       InputError: the checkpoint is damaged, or of other data.
       PreemptedError: the machine is being taken away; the state is saved.
     """
-    _use_compilation_cache(config.compilation_cache)
+    use_compilation_cache(config.compilation_cache)
     program = build(
         config,
         model=model,
@@ -109,12 +109,6 @@ def fit(
             preempted=preempted,
         )
     return state.params
-
-
-def _use_compilation_cache(folder: str) -> None:
-    # Whoever sets jax's own variable means it.
-    if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
 
 
 def _start(
