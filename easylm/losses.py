@@ -30,11 +30,7 @@ def token_logprobs(
 def _forward(hidden, head, targets, vocab_size, chunk):
     def of_chunk(_, inputs):
         states, ids = inputs
-        logits = _logits(states, head, vocab_size)
-        normalizer = jax.nn.logsumexp(logits, axis=-1)
-        # A sum over a mask, not a gather: it stays local where the vocabulary is sharded.
-        target_logits = jnp.sum(jnp.where(_is_target(ids, logits), logits, 0.0), axis=-1)
-        return None, (target_logits - normalizer, normalizer)
+        return None, _logprobs(_logits(states, head, vocab_size), ids)
 
     chunks = (_to_chunks(hidden, chunk), _to_chunks(targets, chunk))
     _, (logprobs, normalizers) = jax.lax.scan(of_chunk, None, chunks)
@@ -44,18 +40,13 @@ def _forward(hidden, head, targets, vocab_size, chunk):
 
 
 def _backward(vocab_size, chunk, residuals, cotangent):
-    """d logprob / d logits = one_hot(target) - softmax, from logits computed a second time."""
+    """The gradients, from logits computed a second time."""
     hidden, head, targets, normalizers = residuals
 
     def of_chunk(head_gradient, inputs):
         states, ids, normalizer, weight = inputs
         logits = _logits(states, head, vocab_size)
-        softmax = jnp.exp(logits - normalizer[..., None])
-        d_logits = weight[..., None] * (_is_target(ids, logits) - softmax)
-        d_logits = d_logits.astype(head.dtype)
-        d_states = jnp.einsum("bcv,ev->bce", d_logits, head)
-        # Summed over chunks in float32: rounding each chunk to bfloat16 biases the head.
-        d_head = jnp.einsum("bce,bcv->ev", states, d_logits, preferred_element_type=jnp.float32)
+        d_head, d_states = _gradients(states, head, logits, ids, normalizer, weight)
         return head_gradient + d_head, d_states
 
     arrays = (hidden, targets, normalizers, cotangent)
@@ -69,12 +60,76 @@ def _backward(vocab_size, chunk, residuals, cotangent):
 token_logprobs.defvjp(_forward, _backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy_of_states(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    vocab_size: int,
+    chunk: int,
+) -> jax.Array:
+    """The sum that `cross_entropy` makes of `token_logprobs`, with one product less.
+
+    Since the weights are known, the forward pass of a gradient computes the gradients too, from
+    the logits it has: three products with the head instead of four. Without a gradient it is
+    one. Arguments are those of the two functions.
+    """
+    logprobs = token_logprobs(hidden, head, targets, vocab_size, chunk)
+    return cross_entropy(logprobs, weights)[0]
+
+
+def _sum_and_gradients(hidden, head, targets, weights, vocab_size, chunk):
+    def of_chunk(head_gradient, inputs):
+        states, ids, weight = inputs
+        logits = _logits(states, head, vocab_size)
+        logprobs, normalizer = _logprobs(logits, ids)
+        d_head, d_states = _gradients(states, head, logits, ids, normalizer, -weight)
+        return head_gradient + d_head, (logprobs, d_states)
+
+    arrays = tuple(_to_chunks(x, chunk) for x in (hidden, targets, weights))
+    start = jnp.zeros(head.shape, jnp.float32)
+    head_gradient, (logprobs, d_hidden) = jax.lax.scan(of_chunk, start, arrays)
+    logprobs, d_hidden = (_from_chunks(x, targets.shape[1]) for x in (logprobs, d_hidden))
+    gradients = d_hidden.astype(hidden.dtype), head_gradient.astype(head.dtype)
+    return cross_entropy(logprobs, weights)[0], gradients
+
+
+def _scale_gradients(vocab_size, chunk, gradients, cotangent):
+    del vocab_size, chunk
+    return *((cotangent * x).astype(x.dtype) for x in gradients), None, None
+
+
+cross_entropy_of_states.defvjp(_sum_and_gradients, _scale_gradients)
+
+
 def _logits(states: jax.Array, head: jax.Array, vocab_size: int) -> jax.Array:
     """[batch, chunk, padded vocab] float32, -inf in the padding."""
     logits = jnp.einsum("bce,ev->bcv", states, head, preferred_element_type=jnp.float32)
     if head.shape[1] == vocab_size:
         return logits
     return jnp.where(_columns(logits) < vocab_size, logits, -jnp.inf)
+
+
+def _logprobs(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(log-probability of each target, log of the softmax's sum), both [batch, chunk]."""
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    # A sum over a mask, not a gather: it stays local where the vocabulary is sharded.
+    target_logits = jnp.sum(jnp.where(_is_target(ids, logits), logits, 0.0), axis=-1)
+    return target_logits - normalizer, normalizer
+
+
+def _gradients(states, head, logits, ids, normalizer, weight) -> tuple[jax.Array, jax.Array]:
+    """Gradients of sum(weight * logprob) by head, float32, and states.
+
+    d logprob / d logits = one_hot(target) - softmax.
+    """
+    softmax = jnp.exp(logits - normalizer[..., None])
+    d_logits = weight[..., None] * (_is_target(ids, logits) - softmax)
+    d_logits = d_logits.astype(head.dtype)
+    # Summed over chunks in float32: rounding each chunk to bfloat16 biases the head.
+    d_head = jnp.einsum("bce,bcv->ev", states, d_logits, preferred_element_type=jnp.float32)
+    return d_head, jnp.einsum("bcv,ev->bce", d_logits, head)
 
 
 def _is_target(ids: jax.Array, logits: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easylm.losses import cross_entropy, token_logprobs
+from easylm.losses import cross_entropy, cross_entropy_of_states, token_logprobs
 
 VOCAB, PADDED = 37, 40
 
@@ -41,6 +41,37 @@ def test_values_and_gradients(inputs, chunk):
     wanted = jax.grad(plain, argnums=(0, 1))(hidden, head)
     for a, b in zip(ours, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [4, 13])
+def test_gradients_of_the_forward_pass_are_those_of_the_sum(inputs, chunk):
+    hidden, head, targets, _ = inputs
+    weights = np.random.default_rng(2).uniform(size=targets.shape).astype(np.float32)
+    weights[:, :4] = 0.0
+
+    def in_two(hidden, head):
+        return cross_entropy(token_logprobs(hidden, head, targets, VOCAB, chunk), weights)[0] * 3
+
+    def in_one(hidden, head):
+        return cross_entropy_of_states(hidden, head, targets, weights, VOCAB, chunk) * 3
+
+    wanted, ours = (jax.value_and_grad(f, argnums=(0, 1))(hidden, head) for f in (in_two, in_one))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours, wanted)
+    assert float(in_one(hidden, head)) == float(wanted[0])
+
+
+def test_logits_are_computed_once():
+    hidden, head = jnp.ones((1, 64, 8)), jnp.ones((8, 512))
+    targets, weights = jnp.zeros((1, 64), jnp.int32), jnp.ones((1, 64))
+
+    def products(function):
+        return str(jax.make_jaxpr(function)(hidden, head)).count("dot_general[")
+
+    def loss(hidden, head):
+        return cross_entropy_of_states(hidden, head, targets, weights, 512, 16)
+
+    assert products(loss) == 1
+    assert products(jax.grad(loss, argnums=(0, 1))) == 3
 
 
 def test_bfloat16_states_lose_nothing_in_the_softmax():

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from easylm.losses import cross_entropy, token_logprobs
+from easylm.losses import cross_entropy_of_states
 from easylm.models.llama.model import Llama
 from easylm.trainers.step import Batch, LossFn
 
@@ -20,10 +20,11 @@ def sft_loss(*, loss_chunk: int) -> LossFn:
 
     def loss_fn(model: Llama, batch: Batch, rng: jax.Array):
         hidden = model.hidden_states(batch["tokens"], batch["positions"], batch["segment_ids"])
-        logprobs = token_logprobs(
-            hidden, model.head(), batch["targets"], model.config.vocab_size, loss_chunk
+        targets, weights = batch["targets"], batch["loss_weights"]
+        loss_sum = cross_entropy_of_states(
+            hidden, model.head(), targets, weights, model.config.vocab_size, loss_chunk
         )
-        return *cross_entropy(logprobs, batch["loss_weights"]), token_counts(batch)
+        return loss_sum, jnp.sum(weights), token_counts(batch)
 
     return loss_fn
 
