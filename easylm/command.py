@@ -1,5 +1,7 @@
 """The one process boundary: what a command's exceptions mean to the shell."""
 
+import os
+import select
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ FAULT_CODE = 1
 INPUT_ERROR_CODE = 2
 PREEMPTED_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 INTERRUPTED_CODE = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
+BROKEN_PIPE_CODE = 141  # 128 + SIGPIPE
 
 
 def run_command(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
@@ -19,11 +22,11 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
 
     None counts as 0. An `InputError` prints one message on stderr and exits 2, a `PreemptedError`
     its message and exits 75, a `FloatingPointError` (a loss that is not finite) its message and
-    exits 1. Ctrl-C exits 130 without a word. Any other exception is a fault of ours: Python prints
-    its traceback, exit 1.
+    exits 1. Without a word, Ctrl-C exits 130, and a reader of stdout that has left (`| head`) 141.
+    Any other exception is a fault of ours: Python prints its traceback, exit 1.
     """
     try:
-        code = main(sys.argv[1:])
+        code = _printed(main)
     except InputError as error:
         print(format_error(error), file=sys.stderr)
         code = INPUT_ERROR_CODE
@@ -35,7 +38,30 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         code = FAULT_CODE
     except KeyboardInterrupt:
         code = INTERRUPTED_CODE
+    except BrokenPipeError:
+        if not _reader_has_left():
+            raise
+        # Python flushes stdout once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = BROKEN_PIPE_CODE
     sys.exit(code or 0)
+
+
+def _printed(main: Callable[[Sequence[str]], int | None]) -> int | str | None:
+    """The exit code of `main`, once all that it printed has left this process."""
+    try:
+        code = main(sys.argv[1:])
+    except SystemExit as left:  # of --help
+        code = left.code
+    sys.stdout.flush()
+    return code
+
+
+def _reader_has_left() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors alone
+    return bool(poll.poll(0))
 
 
 def say(text: str) -> None:

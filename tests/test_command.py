@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from easylm.command import format_error
 from easylm.errors import InputError
 
@@ -20,10 +22,14 @@ run_command(main)
 """
 
 
-def run(body, *arguments):
+def run(body, *arguments, stdout=subprocess.PIPE):
     program = PROGRAM.format(body="\n".join(f"    {line}" for line in body.splitlines()))
     return subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program, *arguments],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
     )
 
 
@@ -75,6 +81,27 @@ def test_interrupt_is_quiet_and_code_130():
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     assert (process.returncode, stderr) == (130, b"")
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["print('a line')", "print('a line')\nraise SystemExit", "print('a line', flush=True)"],
+    ids=["at the end", "help", "in between"],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_of_stdout_who_leaves_is_no_error(monkeypatch, body, unbuffered):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = run(body, stdout=writer)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_a_fault():
+    result = run("print('a line')\nraise BrokenPipeError('of a worker')")
+    assert (result.returncode, result.stdout) == (1, "a line\n")
+    assert "BrokenPipeError: of a worker" in result.stderr
 
 
 def test_messages_wrap_at_80_columns_but_paths_stay_whole():
