@@ -98,9 +98,9 @@ def loss_figure(columns: dict[str, np.ndarray], title: str) -> Figure:
     """
     figure = Figure(figsize=(8, 5.5), dpi=DOTS_PER_INCH, layout="constrained")
     loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    marker = "o" if len(columns["step"]) == 1 else ""  # a line of one point cannot be seen
-    _draw_losses(loss_axes, columns, marker)
-    rate_axes.plot(*_finite(columns, "learning_rate"), color=GRAY, lw=1.4, marker=marker)
+    _draw_losses(loss_axes, columns)
+    steps, rates = _finite(columns, "learning_rate")
+    rate_axes.plot(steps, rates, color=GRAY, lw=1.4, marker=_marker(steps))
     for axes, label in ((loss_axes, "loss"), (rate_axes, "learning rate")):
         axes.set_ylabel(label)
         axes.margins(x=0.01)
@@ -116,9 +116,10 @@ def loss_figure(columns: dict[str, np.ndarray], title: str) -> Figure:
     return figure
 
 
-def _draw_losses(axes: Axes, columns: dict[str, np.ndarray], marker: str) -> None:
+def _draw_losses(axes: Axes, columns: dict[str, np.ndarray]) -> None:
     steps, losses = _finite(columns, "loss")
-    axes.plot(steps, losses, color=BLUE, lw=0.8, alpha=0.3, marker=marker, label="loss of a step")
+    style = {"color": BLUE, "lw": 0.8, "alpha": 0.3, "marker": _marker(steps)}
+    axes.plot(steps, losses, **style, label="loss of a step")
     if len(steps):
         averages = smooth(losses)
         label = f"smoothed, {averages[-1]:.4g} at the end"
@@ -138,6 +139,10 @@ def _finite(columns: dict[str, np.ndarray], name: str) -> tuple[np.ndarray, np.n
     values = _column(columns, name)
     known = np.isfinite(values)
     return columns["step"][known], values[known]
+
+
+def _marker(steps: np.ndarray) -> str:
+    return "o" if len(steps) == 1 else ""  # a line of one point cannot be seen
 
 
 def _column(columns: dict[str, np.ndarray], name: str) -> np.ndarray:

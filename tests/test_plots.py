@@ -118,6 +118,12 @@ def test_a_run_of_one_step_is_a_point(tmp_path):
     plot_loss(write_run(tmp_path, [{"step": 1}]))
 
 
+def test_a_run_that_dies_at_its_second_step_is_a_point(tmp_path):
+    loss_axes, rate_axes, _ = figure_of(tmp_path, [record(1), record(2, loss="nan")]).axes
+    assert loss_axes.lines[0].get_marker() == "o"
+    assert rate_axes.lines[0].get_marker() == ""
+
+
 def test_smoothing_keeps_level_and_slope_and_takes_noise():
     np.testing.assert_array_equal(smooth(np.array([5.0, 1.0, 3.0])), [5.0, 1.0, 3.0])
     np.testing.assert_allclose(smooth(np.full(1000, 2.5)), 2.5)
