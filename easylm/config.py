@@ -178,11 +178,11 @@ def write_json(config: Any, path: str) -> None:
     os.replace(f"{path}.tmp", path)
 
 
-def read_json(config_class: type[_Config], path: str) -> _Config:
-    """The config that `write_json` wrote.
+def read_json(path: str) -> dict:
+    """The plain values of the config that `write_json` wrote, perhaps of another version.
 
     Raises:
-      InputError: no such file, no JSON, or what `from_dict` refuses; the message names the file.
+      InputError: no such file, or no JSON object; the message names the file.
     """
     from easylm import storage
 
@@ -193,10 +193,7 @@ def read_json(config_class: type[_Config], path: str) -> _Config:
         raise InputError(f"{path}: found no JSON ({error})") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: found a {type(values).__name__}; wanted a JSON object")
-    try:
-        return from_dict(config_class, values)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    return values
 
 
 def difference(old: dict, new: dict, path: str = "config") -> list[str]:

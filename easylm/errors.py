@@ -10,7 +10,7 @@ class InputError(ValueError):
 
 
 class PreemptedError(Exception):
-    """The machine is being taken away; what was done is saved, and the same command goes on.
+    """The run was told to stop; what was done is saved, and the same command goes on.
 
     A command prints the message and exits with code 75.
     """

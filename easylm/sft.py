@@ -3,7 +3,9 @@
 python -m easylm.sft --config=sft/quickstart --workdir=DIR [--config.FIELD=VALUE ...]
 """
 
+import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,6 +17,7 @@ from easylm.data.encode import Examples
 from easylm.data.pack import pack
 from easylm.data.prepare import Prepared
 from easylm.data.show import format_example
+from easylm.errors import InputError
 from easylm.models.llama.config import LlamaConfig
 from easylm.start import (
     load_params,
@@ -42,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     check_trackers(tensorboard=config.tensorboard, wandb=config.wandb)
     # The data comes first: it is what is wrong most often, and is checked in seconds.
     rows = open_data(config)
-    weights = open_weights(config)
+    weights = open_weights(config, workdir if going_on else "")
     tokenizer = open_tokenizer(config, workdir, rows["data"], weights, going_on=going_on)
     model = model_config(config, weights, tokenizer)
     data = {name: prepare_data(config, rows[name], tokenizer, model) for name in rows}
@@ -70,6 +73,7 @@ def train(
     from easylm.trainers.fit import fit
     from easylm.trainers.sft import sft_loss
 
+    use_devices(config)
     mesh = make_mesh(config.mesh)
     check_mesh(model, mesh)
     examples = data["data"].examples
@@ -97,7 +101,8 @@ def train(
             workdir=workdir,
         )
     except FloatingPointError:
-        plot_loss(workdir)  # it shows how the loss got there
+        with contextlib.suppress(InputError):  # it shows how the loss got there, if it can
+            plot_loss(workdir)
         raise
     folder = export(len(stream), params)
     plot_loss(workdir)
@@ -105,6 +110,23 @@ def train(
     plot_lengths(lengths, config.data.seq_len, f"{workdir}/plots/lengths.png")
     say(f"plots are in {workdir}/plots")
     say_how_to_chat(folder)
+
+
+def use_devices(config: SftConfig) -> None:
+    """Makes the virtual devices that the config asks for.
+
+    Raises:
+      InputError: this is one of several hosts.
+    """
+    import jax
+
+    # XLA_FLAGS is the older way to say it, and goes first.
+    if config.cpu_devices and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    if jax.process_count() > 1:
+        raise InputError(
+            f"found {jax.process_count()} hosts; wanted one: runs over several are not there yet"
+        )
 
 
 def open_streams(

@@ -22,12 +22,20 @@ if TYPE_CHECKING:
     from easylm.converters.weights import Weights
 
 
-def open_weights(config: SftConfig) -> "Weights | None":
-    """The weights that `init_from` names, not yet read; None for random ones."""
-    if config.init_from == "random":
+def open_weights(config: SftConfig, going_on_in: str = "") -> "Weights | None":
+    """The weights that `init_from` names, not yet read; None for random ones.
+
+    Args:
+      config: of the run.
+      going_on_in: the workdir of a run that goes on: its checkpoint holds all that is needed, and
+        what it started from may be gone.
+    """
+    if config.init_from == "random" and not going_on_in:
         return None
     from easylm.converters import weights
 
+    if going_on_in:
+        return weights.open_weights(going_on_in)
     opened = weights.open_weights(
         os.path.expanduser(config.init_from), hf_config=config.model.hf_config
     )
@@ -43,22 +51,23 @@ def open_tokenizer(
     *,
     going_on: bool,
 ) -> "PreTrainedTokenizerFast":
-    """The tokenizer of the config, or one trained on the data, or that of the weights.
+    """The tokenizer of a run that goes on, or of the config, or one trained, or of the weights.
 
     Args:
       config: of the run.
       workdir: keeps a tokenizer that is trained here.
       rows: to train one on.
       weights: what the run starts from.
-      going_on: whether the workdir holds this run: its tokenizer is used again.
+      going_on: whether `weights` are the checkpoint of this run.
     """
+    if going_on:
+        return weights.tokenizer()
     if config.data.tokenizer_vocab_size is not None:
         folder = f"{workdir}/tokenizer"
-        if not going_on:  # what an earlier start left there may be of other data
-            if storage.exists(folder):
-                storage.remove_folder(folder)
-            texts = (turn["content"] for row in rows.read().rows for turn in row.messages)
-            train_tokenizer(texts, config.data.tokenizer_vocab_size, folder)
+        if storage.exists(folder):  # what an earlier start left there may be of other data
+            storage.remove_folder(folder)
+        texts = (turn["content"] for row in rows.read().rows for turn in row.messages)
+        train_tokenizer(texts, config.data.tokenizer_vocab_size, folder)
         tokenizer = load_tokenizer(folder, config.data.chat_template)
     elif config.data.tokenizer:
         tokenizer = load_tokenizer(config.data.tokenizer, config.data.chat_template)

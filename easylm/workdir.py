@@ -4,7 +4,7 @@ import dataclasses
 import os
 
 from easylm import storage
-from easylm.config import difference, read_json
+from easylm.config import difference, read_json, to_config_dict
 from easylm.errors import InputError
 
 # What may change between two starts of one run: where and in what pieces it computes, where its
@@ -13,6 +13,7 @@ FREE_FIELDS = (
     "config.attention",
     "config.checkpoint.",
     "config.compilation_cache",
+    "config.cpu_devices",
     "config.data.cache",
     "config.data.eval_sources",
     "config.data.processes",
@@ -52,8 +53,9 @@ def holds_same_run(config, workdir: str) -> bool:
             f"{workdir}/config.json: no such file, though {workdir}/checkpoints holds a run; "
             "wanted the one it was started with, or a new folder for this run"
         )
-    old = read_json(type(config), f"{workdir}/config.json")
-    changed = difference(dataclasses.asdict(old), dataclasses.asdict(config))
+    # As it was written, by whatever version: fields that came since had their defaults.
+    old = _filled(to_config_dict(type(config)).to_dict(), read_json(f"{workdir}/config.json"))
+    changed = difference(old, dataclasses.asdict(config))
     changed = [line for line in changed if not line.startswith(FREE_FIELDS)]
     if changed:
         raise InputError(
@@ -61,6 +63,15 @@ def holds_same_run(config, workdir: str) -> bool:
             "or a new folder:\n" + "\n".join(f"  {line}" for line in changed)
         )
     return True
+
+
+def _filled(defaults: dict, values: dict) -> dict:
+    """`values` with those of `defaults` where they have none."""
+    filled = {**defaults, **values}
+    for name, default in defaults.items():
+        if isinstance(default, dict) and isinstance(filled[name], dict):
+            filled[name] = _filled(default, filled[name])
+    return filled
 
 
 def has_checkpoints(workdir: str) -> bool:

@@ -1,7 +1,6 @@
 """Configs: defaults in one place, every wrong value refused with its path, one JSON round trip."""
 
 import dataclasses
-import json
 import subprocess
 import sys
 from typing import Literal
@@ -236,7 +235,7 @@ def test_json_gives_the_same_config_back(tmp_path):
     made = Outer(name="x", steps=3, inner=Inner(rate=0.1 + 0.2, limit=1e-12))
     path = str(tmp_path / "new" / "config.json")
     config.write_json(made, path)
-    assert config.read_json(Outer, path) == made
+    assert config.from_dict(Outer, config.read_json(path)) == made
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["config.json"]
 
 
@@ -244,32 +243,24 @@ def test_json_in_a_bucket():
     made = Outer(name="x", inner=Inner())
     with running_bucket() as bucket:
         config.write_json(made, f"{bucket}/run/config.json")
-        assert config.read_json(Outer, f"{bucket}/run/config.json") == made
+        assert config.from_dict(Outer, config.read_json(f"{bucket}/run/config.json")) == made
 
 
 def test_wrong_json_is_refused_with_the_file(tmp_path):
     path = tmp_path / "config.json"
-    values = dataclasses.asdict(Outer(name="x", inner=Inner()))
     for wrong, expected in [
         ("{", "config.json: found no JSON"),
-        (json.dumps(values | {"steps": True}), "config.json: config.steps: found True; wanted"),
-        (json.dumps(values | {"inner": 3}), "config.inner: found 3; wanted the fields of a sect"),
-        (json.dumps({"name": "x"}), "missing"),
         ("[]", "config.json: found a list; wanted a JSON object"),
         ("[" * 100_000, "config.json: found no JSON (maximum recursion depth"),
         ('{"steps": ' + "9" * 5000 + "}", "config.json: found no JSON (Exceeds the limit"),
         ('{"name": "\udcff"}', "config.json: found no JSON ('utf-8' codec"),
-        (
-            json.dumps(values | {"inner": values["inner"] | {"rate": 10**400}}),
-            "config.json: config.inner.rate: found 1000",
-        ),
     ]:
         path.write_bytes(wrong.encode(errors="surrogateescape"))
         with pytest.raises(InputError, match="config") as error:
-            config.read_json(Outer, str(path))
+            config.read_json(str(path))
         assert expected in str(error.value)
     with pytest.raises(InputError, match="no_such"):
-        config.read_json(Outer, str(tmp_path / "no_such.json"))
+        config.read_json(str(tmp_path / "no_such.json"))
 
 
 def test_difference_lists_the_paths():

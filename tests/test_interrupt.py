@@ -10,7 +10,6 @@ from safetensors.numpy import load_file
 
 from easylm import sft
 from easylm.config import read_json
-from easylm.trainers.config import SftConfig
 from tests.runs import RANDOM, arguments, make_folder, metrics, start
 
 OPTIONS = {**RANDOM, "steps": 60, "checkpoint.every": 4, "checkpoint.keep": 1}
@@ -51,7 +50,7 @@ def check_same_result(run: pathlib.Path, whole: pathlib.Path) -> None:
 
 def test_killed_again_and_again_it_ends_with_the_same_bits(folder, whole):
     workdir = folder / "killed"
-    for step in (2, 13, 27, 44):  # before the first save, and wherever it is later
+    for step in (2, 17, 44):  # before the first save, and wherever it is later
         process = start(arguments(folder, workdir, OPTIONS))
         signal_at(process, workdir, step, signal.SIGKILL)
         process.communicate()
@@ -61,10 +60,11 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(folder, whole):
     check_same_result(workdir, whole)
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(folder, whole):
-    workdir = folder / "preempted"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_run_that_is_told_to_stop_saves_and_the_same_command_goes_on(folder, whole, number):
+    workdir = folder / number.name
     process = start(arguments(folder, workdir, OPTIONS))
-    signal_at(process, workdir, 10, signal.SIGTERM)
+    signal_at(process, workdir, 10, number)
     printed = process.communicate()[1]
     assert process.returncode == 75, printed
     assert "the checkpoint is saved" in " ".join(printed.split())
@@ -72,7 +72,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(folder, whole):
     done = metrics(workdir)[-1]["step"]
     assert 10 <= done < 60
     assert os.listdir(workdir / "checkpoints") == [str(done)]
-    assert read_json(SftConfig, str(workdir / "config.json")).steps == 60
+    assert read_json(str(workdir / "config.json"))["steps"] == 60
     process = start(arguments(folder, workdir, OPTIONS))
     printed = process.communicate()[1]
     assert process.returncode == 0, printed

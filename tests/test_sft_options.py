@@ -212,3 +212,32 @@ def test_a_loss_that_is_not_finite_ends_the_run_after_its_last_good_checkpoint(f
     assert str(bad["step"]) not in os.listdir(workdir / "checkpoints")
     assert (workdir / "plots" / "loss.png").exists()
     assert not (workdir / "hf").exists()
+
+
+def test_a_run_goes_on_without_what_it_started_from(folder, first, tmp_path):
+    shutil.copytree(first / "hf" / "6", tmp_path / "start")
+    workdir = tmp_path / "run"
+    options = {"init_from": tmp_path / "start", "steps": 6}
+    sft.main(arguments(folder, workdir, options))
+    whole = load_file(workdir / "hf" / "model.safetensors")
+    shutil.rmtree(tmp_path / "start")
+    for part in ("checkpoints/6", "hf"):
+        shutil.rmtree(workdir / part)
+    sft.main(arguments(folder, workdir, options))
+    again = load_file(workdir / "hf" / "model.safetensors")
+    for name in whole:
+        np.testing.assert_array_equal(again[name], whole[name], err_msg=name)
+
+
+def test_a_run_of_a_version_with_other_options_goes_on(folder, first, tmp_path):
+    workdir = tmp_path / "again"
+    shutil.copytree(first, workdir)
+    values = json.loads((workdir / "config.json").read_text())
+    del values["loss_group"], values["optimizer"]["mu_dtype"]
+    (workdir / "config.json").write_text(json.dumps(values))
+    options = {**RANDOM, "data.eval_sources": folder / "eval.jsonl", "export.every": 4}
+    sft.main(arguments(folder, workdir, options))
+    (workdir / "config.json").write_text(json.dumps({**values, "gone": 1, "loss_group": 5}))
+    with pytest.raises(InputError, match=r"config\.gone: 1 before, absent now") as error:
+        sft.main(arguments(folder, workdir, options))
+    assert "config.loss_group: 5 before, 32 now" in str(error.value)

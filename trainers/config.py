@@ -29,6 +29,9 @@ class SftConfig:
     )
     seed: int = option(42, "Of the data order and of random weights.")
     mesh: str = option("1,-1,1", "Devices along data,fsdp,tensor; one may be -1 (what is left).")
+    cpu_devices: int | None = option(
+        None, "Virtual devices to make where jax runs on a CPU; none: one, or XLA_FLAGS decides."
+    )
     steps: int | None = option(None, "Optimizer steps; either this or epochs.")
     epochs: int | None = option(None, "Passes over the data; either this or steps.")
     batch_examples: int | None = option(None, "Examples in a step; either this or batch_rows.")
@@ -74,7 +77,7 @@ class SftConfig:
 
     def _check_amounts(self) -> None:
         at_least(self, 1, "steps", "epochs", "batch_examples", "batch_rows", "micro_batches")
-        at_least(self, 1, "log_every", "loss_chunk", "loss_group", "eval_every")
+        at_least(self, 1, "log_every", "loss_chunk", "loss_group", "eval_every", "cpu_devices")
         at_least(self, 0, "seed")
         for first, second in (("steps", "epochs"), ("batch_examples", "batch_rows")):
             found = getattr(self, first), getattr(self, second)

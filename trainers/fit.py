@@ -16,7 +16,7 @@ from easylm.config import write_json
 from easylm.data.batches import BatchStream, prefetch
 from easylm.errors import InputError
 from easylm.models.llama.config import LlamaConfig
-from easylm.preemption import sigterm_noticed
+from easylm.preemption import stop_noticed
 from easylm.sharding import batch_sharding
 from easylm.track import open_trackers
 from easylm.trainers.build import Program, build
@@ -63,7 +63,7 @@ def fit(
     Raises:
       FloatingPointError: a loss is not finite.
       InputError: the checkpoint is damaged, or of other data.
-      PreemptedError: the machine is being taken away; the state is saved.
+      PreemptedError: the run was told to stop; the state is saved.
     """
     use_compilation_cache(config.compilation_cache)
     program = build(
@@ -92,7 +92,7 @@ def fit(
     memory = step_fn.memory_analysis()
     say(overview(config, model=model, mesh=mesh, stream=stream, memory=memory, last_step=last_step))
     report = _reporter(config, workdir, model, program, stream, last_step)
-    with sigterm_noticed() as preempted, closing(checkpointer), closing(report):
+    with stop_noticed() as stopped, closing(checkpointer), closing(report):
         state = train(
             state,
             step_fn,
@@ -106,7 +106,7 @@ def fit(
                 eval_stream is not None and (step % config.eval_every == 0 or step == len(stream))
             ),
             evaluate=evaluator(program, loss_fn, lambda: _on_mesh(eval_stream, mesh)),
-            preempted=preempted,
+            stopped=stopped,
         )
     return state.params
 

@@ -10,6 +10,11 @@ from easylm.errors import PreemptedError
 from easylm.trainers.step import Batch, TrainState
 
 
+def not_finite(metrics: dict[str, float]) -> list[str]:
+    """Which of the numbers that a run cannot go on without are infinite or no numbers."""
+    return [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
+
+
 def train(
     state: TrainState,
     step_fn: Callable[[TrainState, Batch], tuple[TrainState, dict]],
@@ -22,7 +27,7 @@ def train(
     save: Callable[[int, TrainState], None],
     evaluate_at: Callable[[int], bool],
     evaluate: Callable[[dict], dict[str, float]],
-    preempted: Callable[[], bool],
+    stopped: Callable[[], bool],
 ) -> TrainState:
     """Takes the steps after `last_step` up to `total_steps`.
 
@@ -40,13 +45,13 @@ def train(
       save: (step, state).
       evaluate_at: whether to evaluate after a step; before it is saved.
       evaluate: parameters -> metrics, which are reported with those of the step.
-      preempted: whether the machine is being taken away: then the step under way is the last.
+      stopped: whether somebody wants the run to stop: then the step under way is the last.
     Returns:
       The state after `total_steps`.
     Raises:
       FloatingPointError: a loss or gradient is not finite; it has been reported, and the state
         that led to it is not saved.
-      PreemptedError: the machine is being taken away; `save` has been called.
+      PreemptedError: the run was to stop; `save` has been called.
     """
     clock = time.perf_counter()
 
@@ -54,15 +59,15 @@ def train(
         nonlocal clock
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         seconds = time.perf_counter() - clock
-        wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+        wrong = not_finite(values)
         if evaluated and not wrong:
             values |= evaluate(state.params)
         clock = time.perf_counter()
         report(step, values, seconds)
         if wrong:
             raise FloatingPointError(
-                f"step {step}: {wrong[0]} is {values[wrong[0]]}; the run stops here. Checkpoints "
-                "before it are whole; a lower learning rate or a look at the data may help."
+                f"step {step}: {wrong[0]} is {values[wrong[0]]}; the run stops here, and "
+                "what was saved before stays. A lower learning rate or a look at the data may help."
             )
 
     unfinished = None
@@ -71,7 +76,7 @@ def train(
         if unfinished is not None:
             finish(*unfinished, evaluated=False)
         unfinished = step, metrics
-        stopping = preempted()
+        stopping = stopped()
         saving = stopping or step == total_steps or save_at(step)
         if saving or evaluate_at(step):
             finish(*unfinished, evaluated=evaluate_at(step) and not stopping)
@@ -81,7 +86,7 @@ def train(
             clock = time.perf_counter()
         if stopping and step < total_steps:
             raise PreemptedError(
-                f"stopped after step {step} of {total_steps}, since this machine is being taken "
-                "away; the checkpoint is saved, and the same command goes on from it"
+                f"stopped after step {step} of {total_steps}; the checkpoint is saved, and the "
+                "same command goes on from it"
             )
     return state

@@ -1,6 +1,5 @@
 """What each step of a run leaves behind: a line of metrics.jsonl and the progress bar."""
 
-import math
 from collections.abc import Sequence
 
 import optax
@@ -11,6 +10,7 @@ from easylm.metrics import MetricsWriter, ProgressBar, model_flops, peak_flops, 
 from easylm.models.llama.config import LlamaConfig
 from easylm.models.llama.model import count_parameters
 from easylm.track import Tracker
+from easylm.trainers.loop import not_finite
 
 
 class Reporter:
@@ -49,7 +49,7 @@ class Reporter:
     def __call__(self, step: int, metrics: dict[str, float], seconds: float) -> None:
         """Reports step `step`, which took `seconds`; metrics as the train step gives them."""
         record = self._record(step, metrics, seconds)
-        is_last = step == len(self._stream) or not math.isfinite(metrics["loss"])
+        is_last = step == len(self._stream) or bool(not_finite(metrics))
         if step % self._every == 0 or is_last or "eval/loss" in record:
             for writer in self._writers:
                 writer.write(record)

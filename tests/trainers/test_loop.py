@@ -38,7 +38,7 @@ def run(losses, *, last_step=0, save_every=2, evaluate_every=100, taken_away_in=
         save=lambda step, state: events.append(("save", step, state.params)),
         evaluate_at=lambda step: step % evaluate_every == 0,
         evaluate=lambda params: {"eval/loss": 100.0 + params},
-        preempted=lambda: ("step", taken_away_in) in events,
+        stopped=lambda: ("step", taken_away_in) in events,
     )
     return state.params, events
 
