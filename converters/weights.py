@@ -75,13 +75,18 @@ def open_weights(path: str, *, hf_config: str = "", unpermuted: bool = False) ->
     """Finds out what `path` holds.
 
     Args:
-      path: a native checkpoint (a workdir, its checkpoints folder or one step), or anything that
-        `open_source` takes.
+      path: a native checkpoint (a workdir, its checkpoints folder or one step), the hf folder of
+        a run, of whose exports it means the newest complete one, or anything that `open_source`
+        takes.
       hf_config: config.json, or its folder, of weights that come without one.
       unpermuted: see `open_source`.
     Raises:
       InputError: nothing of a known kind is there, it is damaged, or no LLaMA.
     """
+    export = _newest_export(path)
+    if export is not None:
+        weights = _from_source(open_source(export, hf_config or None, unpermuted))
+        return dataclasses.replace(weights, kind=f"{weights.kind}, newest in {export}")
     step_folder = _find_native(path)
     if step_folder is None:
         return _from_source(open_source(path, hf_config or None, unpermuted))
@@ -91,6 +96,16 @@ def open_weights(path: str, *, hf_config: str = "", unpermuted: bool = False) ->
             "hf_config and unpermuted"
         )
     return _from_native(step_folder)
+
+
+def _newest_export(path: str) -> str | None:
+    """The newest complete hf/STEP where `path` is the hf of a run that exported every so often."""
+    if not storage.is_folder(path) or storage.list_files(path).keys() & _HF_WEIGHTS:
+        return None
+    path = path.rstrip("/")
+    steps = [name for name in storage.list_folders(path) if name.isdecimal()]
+    complete = [s for s in steps if storage.exists(f"{path}/{s}/{storage.COMPLETE}")]
+    return f"{path}/{max(complete, key=int)}" if complete else None
 
 
 def _find_native(path: str) -> str | None:

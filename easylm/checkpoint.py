@@ -99,11 +99,13 @@ def find_checkpoint(path: str) -> str | None:
                 "one: name another step, or their folder for the newest complete one"
             )
         return path
-    for folder in (f"{path}/checkpoints", path):
-        step = _latest_step(folder)
-        if step is not None:
-            return f"{folder}/{step}"
-    return None
+    step = latest_step(path)
+    if step is not None:
+        return f"{path}/checkpoints/{step}"
+    # Other folders have numbers for names too, such as the exports of a run.
+    step = _latest_step(path)
+    items = (f"{path}/{step}/bundle", f"{path}/{step}/params")
+    return f"{path}/{step}" if step is not None and any(map(storage.exists, items)) else None
 
 
 def latest_step(workdir: str) -> int | None:

@@ -135,6 +135,14 @@ def test_a_path_may_mean_a_run_its_checkpoints_or_one_of_them(tmp_path):
     assert find_checkpoint(str(tmp_path / "nothing")) is None
 
 
+def test_exports_by_step_are_no_checkpoints(tmp_path):
+    for step in ("4", "12"):
+        (tmp_path / "hf" / step).mkdir(parents=True)
+        (tmp_path / "hf" / step / "model.safetensors").write_bytes(b"")
+    assert find_checkpoint(str(tmp_path / "hf")) is None
+    assert find_checkpoint(str(tmp_path)) is None
+
+
 def test_a_target_that_exists_is_refused(tiny, tmp_path):
     with pytest.raises(InputError, match=r"exists; wanted a new folder"):
         write_params(str(tmp_path), tiny[1], make_bundle({}, {}))

@@ -142,6 +142,31 @@ def test_a_checkpoint_keeps_the_config_of_its_run(sources, tmp_path, convert):
     assert read_bundle(str(tmp_path / "out"))["run_config"] == {"seed": 7}
 
 
+def exports(sources, folder, complete, cut_off):
+    """`folder` as the hf of a run with export.every: whole models by step, and one that is not."""
+    for step in complete:
+        shutil.copytree(sources / "hf", folder / step)
+        (folder / step / "COMPLETE").touch()
+    shutil.copytree(sources / "hf_bfloat16", folder / cut_off)
+
+
+@pytest.mark.parametrize("to", ["hf", "native"])
+def test_exports_of_a_run_mean_the_newest_complete_one(sources, tmp_path, convert, to):
+    exports(sources, tmp_path / "hf", complete=["9", "10"], cut_off="11")
+    code, said = convert(*command(tmp_path / "hf", tmp_path / "out", to))
+    assert code == 0, said
+    assert f"newest in {tmp_path / 'hf' / '10'}\n" in said
+    if to == "hf":
+        assert tensors(tmp_path / "out") == tensors(sources / "hf")
+
+
+def test_exports_of_which_none_is_complete_are_refused(sources, tmp_path, convert):
+    exports(sources, tmp_path / "hf", complete=[], cut_off="11")
+    code, said = convert(*command(tmp_path / "hf", tmp_path / "out", "hf"))
+    assert code == 2
+    assert "no files in this folder" in " ".join(said.split())
+
+
 @pytest.mark.parametrize("name", ["hf", "native"])
 @pytest.mark.parametrize("to", ["hf", "native"])
 def test_a_larger_tokenizer_gets_mean_rows(sources, tmp_path, convert, name, to):
