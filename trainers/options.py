@@ -178,6 +178,13 @@ class OptimizerConfig:
         at_least(self, 0, "warmup_steps")
         require(0 < self.decay_ratio <= 1, "decay_ratio", self.decay_ratio, "above 0, at most 1")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        wanted = "float32: adafactor keeps no mean of gradients"
+        require(
+            self.name != "adafactor" or self.mu_dtype == "float32",
+            "mu_dtype",
+            self.mu_dtype,
+            wanted,
+        )
         found = self.clip_norm
         require(found is None or found > 0, "clip_norm", found, "a number above 0, or none")
 

@@ -12,7 +12,8 @@ weights say. EasyLM's Code Llama of that time had no setting for it, so it seems
 The paper gives no rate of its own for 34B; this is that of the smaller ones. remat=block_sharded
 splits what a block leaves for the backward pass over `tensor`.
 Verified: the step compiles for a v3-256 with the TPU's own compiler (32 rows of 8,192 tokens) and
-takes 4.1 of the 15.5 GiB of a device. It has not been trained on a pod.
+takes 4.1 of the 15.5 GiB of a device. It has not been trained on a
+pod, and runs over several hosts are not there yet.
 """
 
 from easylm.configs.sft import tulu2_7b

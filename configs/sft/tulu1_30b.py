@@ -11,7 +11,8 @@ Data: allenai/tulu-v1-sft-mixture, 489,818 examples.
 Expect: 7,653 steps (2 epochs of 128 examples a step), more or less by whole rows.
 Overrides for the token-weighted loss and the exported template's newline: see tulu1_7b.py.
 Differs from the paper's run in what tulu1_7b.py lists; here 128 examples fill some 65 rows.
-Verified: the whole step traces on a mesh of this size. It has not been trained on a pod.
+Verified: the whole step traces on a mesh of this size. It has not been trained on a
+pod, and runs over several hosts are not there yet.
 """
 
 from easylm.configs.sft import tulu1_7b

@@ -11,7 +11,8 @@ Expect: 7,653 steps (2 epochs of 128 examples a step), more or less by whole row
 Overrides for the token-weighted loss and the exported template's newline: see tulu1_7b.py.
 Differs from the paper's run in what tulu1_7b.py lists; here 128 examples fill some 65 rows.
 Verified: the step compiles for a v3-256 with the TPU's own compiler (96 rows of 1,024 tokens) and
-takes 8.5 of the 15.5 GiB of a device. It has not been trained on a pod.
+takes 8.5 of the 15.5 GiB of a device. It has not been trained on a
+pod, and runs over several hosts are not there yet.
 """
 
 from easylm.configs.sft import tulu1_7b

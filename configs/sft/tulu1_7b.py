@@ -21,7 +21,8 @@ Differs from the paper's run:
 - No <pad> token is added to the vocabulary: it stays at 32,000 ids.
 - Rows with an empty message are skipped and counted.
 - The batch of 128 is that of open-instruct's script; the paper does not name it.
-Verified: the whole step traces on a mesh of this size. It has not been trained on a pod.
+Verified: the whole step traces on a mesh of this size. It has not been trained on a
+pod, and runs over several hosts are not there yet.
 """
 
 from easylm.config import to_config_dict

@@ -12,7 +12,8 @@ Overrides for the token-weighted loss and the exported template's newline: see t
 Differs from the paper's run in what tulu2_7b.py lists, but for rms_norm_eps, which was 1e-5 there
 too. remat=block_sharded splits what a block leaves for the backward pass over `tensor`.
 Verified: the step compiles for a v3-256 with the TPU's own compiler (32 rows of 8,192 tokens) and
-takes 6.9 of the 15.5 GiB of a device. It has not been trained on a pod.
+takes 6.9 of the 15.5 GiB of a device. It has not been trained on a
+pod, and runs over several hosts are not there yet.
 """
 
 from easylm.configs.sft import tulu2_7b

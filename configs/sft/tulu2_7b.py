@@ -22,7 +22,8 @@ Differs from the paper's run:
 - Rows with an empty message (about 270 are known) are skipped and counted.
 - rms_norm_eps is 1e-5, as the weights say; EasyLM ran them with the 1e-6 of LLaMA 1.
 - The order of the data is another one: seed 42 means something else here.
-Verified: the whole step traces on a mesh of this size. It has not been trained on a pod.
+Verified: the whole step traces on a mesh of this size. It has not been trained on a
+pod, and runs over several hosts are not there yet.
 """
 
 from easylm.config import to_config_dict

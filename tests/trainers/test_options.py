@@ -81,6 +81,9 @@ def test_the_defaults_alone_name_what_is_missing():
         ("data.tokenizer_vocab_size", 900, "tokenizer_vocab_size: found 900; wanted none"),
         ("data.too_long", "cut", "config.data.too_long: found 'cut'; wanted one of truncate"),
         ("data.on_bad_row", "ignore", "config.data.on_bad_row: found 'ignore'; wanted one of"),
+        ("cpu_devices", 0, "config.cpu_devices: found 0; wanted at least 1"),
+        ("optimizer.warmup_steps", 11, "config.optimizer.warmup_steps: found 11; wanted at most"),
+        ("optimizer.final_ratio", 1.0, "config.optimizer.final_ratio: found 1.0; wanted a number"),
         ("data.processes", 0, "config.data.processes: found 0; wanted at least 1"),
         ("optimizer.learning_rate", 0.0, "optimizer.learning_rate: found 0.0; wanted a number abo"),
         ("optimizer.b2", 1.0, "config.optimizer.b2: found 1.0; wanted a number from 0 to below 1"),
@@ -130,3 +133,8 @@ def test_a_loaded_model_must_suit_the_rows():
     stretched = dataclasses.replace(LLAMA2_7B, rope_scaling=RopeScaling("dynamic", 2.0))
     with pytest.raises(InputError, match="found 'dynamic'; wanted linear or llama3"):
         config.check_model(stretched)
+
+
+def test_adafactor_has_no_mean_to_keep_in_another_dtype():
+    changes = {"optimizer.name": "adafactor", "optimizer.mu_dtype": "bfloat16"}
+    assert "config.optimizer.mu_dtype: found 'bfloat16'; wanted float32" in refusal(**changes)
