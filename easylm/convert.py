@@ -14,6 +14,7 @@ from easylm import storage
 from easylm.command import COLUMNS, run_command, say
 from easylm.converters.weights import Weights, open_weights
 from easylm.errors import InputError
+from easylm.model_card import model_card
 from easylm.models.llama.config import LlamaConfig
 from easylm.tokenizer import (
     load_in_transformers_4,
@@ -62,7 +63,9 @@ def main(argv: Sequence[str]) -> None:
     if arguments.to == "native":
         write_native(weights, config, target, dtype, files)
     else:
-        weights.export(config, target, dtype, files, model_card(source, weights, dtype))
+        facts = {"from": f"{source} ({weights.kind})", "dtype": dtype}
+        card = model_card("A LLaMA converted with easylm", facts, weights.run_config)
+        weights.export(config, target, dtype, files, card)
     seconds = time.perf_counter() - started
     use = {
         "native": f"--config.init_from={target}",
@@ -186,13 +189,6 @@ def write_native(
     params = weights.load(config, param_shardings(config, mesh), jnp.dtype(dtype))
     bundle = make_bundle(config.to_hf(dtype), tokenizer_files=files, run_config=weights.run_config)
     write_params(target, params, bundle)
-
-
-def model_card(source: str, weights: Weights, dtype: str) -> str:
-    """README.md of a Hugging Face folder whose source has none."""
-    return (
-        f"# A LLaMA converted with easylm\n\n- from: {source} ({weights.kind})\n- dtype: {dtype}\n"
-    )
 
 
 def size_of(config: LlamaConfig, dtype: str) -> str:

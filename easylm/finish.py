@@ -1,11 +1,13 @@
 """What a run leaves for others: the model as a Hugging Face folder, and how to talk to it."""
 
+import dataclasses
 import json
 
 from easylm import storage
 from easylm.command import say
 from easylm.converters.export import export_hf
 from easylm.errors import InputError
+from easylm.model_card import model_card
 from easylm.models.llama.config import LlamaConfig
 from easylm.trainers.config import SftConfig
 
@@ -34,6 +36,7 @@ class Exporter:
     ):
         self._config, self._workdir, self._model = config, workdir, model
         self._files, self._total_steps = tokenizer_files, total_steps
+        self._written = ""  # the newest that this process has made
         self._check_place()
 
     def _check_place(self) -> None:
@@ -50,6 +53,21 @@ class Exporter:
                 f"{folder}: holds the model after step {', '.join(steps)}; wanted export.every set "
                 "as when it was written, or that folder moved away"
             )
+        if self._config.export.every is not None:
+            self._clear_unfinished(folder, steps)
+
+    def _clear_unfinished(self, folder: str, steps: list[str]) -> None:
+        """Removes the rest of a model that a start without export.every did not finish."""
+        files = storage.list_files(folder)
+        if storage.COMPLETE in files or not any(name.endswith(".safetensors") for name in files):
+            return
+        if steps:  # another's, then: a run writes one or the other
+            raise InputError(
+                f"{folder}: found an unfinished model beside those after step {', '.join(steps)}; "
+                f"wanted none: move its files away ({', '.join(files)})"
+            )
+        say(f"{folder} was not finished; it is removed, for export.every writes to {folder}/STEP")
+        storage.remove_folder(folder)
 
     def __call__(self, step: int, params: dict) -> str:
         """Exports the parameters after `step`, unless that is done; returns the folder.
@@ -60,9 +78,13 @@ class Exporter:
         config, target = self._config, f"{self._workdir}/hf"
         if config.export.every is not None:
             target = f"{target}/{step}"
+        if target == self._written:
+            return target
         if storage.exists(f"{target}/{storage.COMPLETE}"):
-            dtype = json.loads(storage.read_bytes(f"{target}/config.json"))["torch_dtype"]
-            say(f"{target} is there already, in {dtype}; easylm.convert writes it in another dtype")
+            found = json.loads(storage.read_bytes(f"{target}/config.json"))["torch_dtype"]
+            wanted = config.export.dtype
+            hint = f", in {found}; easylm.convert writes it in {wanted}" if found != wanted else ""
+            say(f"{target} is there already{hint}")
             return target
         if storage.exists(target):
             say(f"{target} was not finished; it is written again")
@@ -73,39 +95,17 @@ class Exporter:
             target,
             dtype=config.export.dtype,
             tokenizer_files=self._files,
-            model_card=model_card(config, step, self._total_steps),
+            model_card=self._card(step),
         )
+        self._written = target
         say(f"exported to {target}")
         return target
 
-
-def model_card(config: SftConfig, step: int, total_steps: int) -> str:
-    """README.md of an exported folder."""
-    options, data = config.optimizer, config.data
-    of_run = "" if step == total_steps else f" of {total_steps:,}"
-    warmup = (
-        f"{options.warmup_ratio:.0%} of the steps"
-        if options.warmup_steps is None
-        else f"{options.warmup_steps:,} steps"
-    )
-    card = (
-        "# A LLaMA fine-tuned with easylm\n\n"
-        f"- started from: {config.init_from}\n"
-        f"- data: {data.sources}\n"
-        f"- {step:,} steps{of_run}, rows of {data.seq_len:,} tokens, "
-        f"{'packed' if data.packing else 'one example each'}\n"
-        f"- {options.name}, {options.schedule} schedule, peak learning rate "
-        f"{options.learning_rate:g}, warm-up {warmup}; loss weighted by {config.loss_weighting}\n"
-        f"- chat template ({data.chat_template}): in the tokenizer\n"
-    )
-    if data.eos_newline == "strip":
-        card += (
-            "\nTrained without the newline tokens after the end of a turn, as Tülu 2 was "
-            "(eos_newline=strip). The chat template of this folder writes them, so from the second "
-            "turn on inference sees tokens there that training did not. Chats of one turn are the "
-            "same; a template without the newline after eos_token gives the ids of training.\n"
-        )
-    return card
+    def _card(self, step: int) -> str:
+        of_run = "" if step == self._total_steps else f" of {self._total_steps:,}"
+        facts = {"trained for": f"{step:,} steps{of_run}", "dtype": self._config.export.dtype}
+        recipe = dataclasses.asdict(self._config)
+        return model_card("A LLaMA fine-tuned with easylm", facts, recipe)
 
 
 def say_how_to_chat(folder: str) -> None:

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from easylm import sft
+from easylm import convert, sft
 from easylm.errors import InputError
 from tests.runs import RANDOM, ROWS, arguments, make_folder, metrics, start
 
@@ -64,8 +64,45 @@ def test_an_export_every_so_often_and_after_the_last_step(first):
     assert sorted(os.listdir(first / "hf")) == ["4", "6"]
     weights = [load_file(first / "hf" / step / "model.safetensors") for step in ("4", "6")]
     assert any((weights[0][name] != weights[1][name]).any() for name in weights[0])
-    assert "- 4 steps of 6, rows" in (first / "hf" / "4" / "README.md").read_text()
-    assert "- 6 steps, rows" in (first / "hf" / "6" / "README.md").read_text()
+    assert "- trained for: 4 steps of 6\n" in (first / "hf" / "4" / "README.md").read_text()
+    assert "- trained for: 6 steps\n" in (first / "hf" / "6" / "README.md").read_text()
+
+
+def test_the_last_step_is_exported_once_and_without_a_word_about_dtypes(folder, tmp_path, capsys):
+    options = {**RANDOM, "steps": 2, "export.every": 2}
+    sft.main(arguments(folder, tmp_path / "run", options))
+    assert "is there already" not in capsys.readouterr().err
+    sft.main(arguments(folder, tmp_path / "run", options))
+    assert f"{tmp_path}/run/hf/2 is there already\n" in capsys.readouterr().err
+    sft.main(arguments(folder, tmp_path / "run", {**options, "export.dtype": "bfloat16"}))
+    hint = "hf/2 is there already, in float32; easylm.convert writes it in bfloat16"
+    assert hint in capsys.readouterr().err
+
+
+def test_half_a_model_does_not_stay_beside_exports_by_step(folder, tmp_path, capsys):
+    workdir, options = tmp_path / "run", {**RANDOM, "steps": 2}
+    sft.main(arguments(folder, workdir, options))
+    (workdir / "hf" / "COMPLETE").unlink()
+    shutil.copytree(workdir / "hf", tmp_path / "half")
+    sft.main(arguments(folder, workdir, {**options, "export.every": 2}))
+    assert "was not finished; it is removed" in capsys.readouterr().err
+    assert os.listdir(workdir / "hf") == ["2"]
+    # Beside whole models nothing is removed.
+    shutil.copytree(tmp_path / "half", workdir / "hf", dirs_exist_ok=True)
+    with pytest.raises(InputError, match=r"an unfinished model beside those after step 2; wanted"):
+        sft.main(arguments(folder, workdir, {**options, "export.every": 2}))
+    assert (workdir / "hf" / "2" / "COMPLETE").exists()
+
+
+def test_a_converted_checkpoint_has_the_recipe_of_the_run(first, tmp_path):
+    convert.main([f"--source={first}", f"--target={tmp_path / 'native'}", "--to=native"])
+    convert.main([f"--source={tmp_path / 'native'}", f"--target={tmp_path / 'hf'}", "--to=hf"])
+    recipes = []
+    for folder in (first / "hf" / "6", tmp_path / "hf"):
+        _, start, recipe = (folder / "README.md").read_text().partition("- started from:")
+        assert start
+        recipes.append(recipe)
+    assert recipes[0] == recipes[1]
 
 
 def test_an_export_that_was_cut_off_while_training_is_written_again(folder, first, tmp_path):
