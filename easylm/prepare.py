@@ -43,10 +43,10 @@ def main(argv: Sequence[str]) -> None:
     config, workdir = parse_command_line(argv, SftConfig, program, __doc__, workdir_required=False)
     workdir = workdir.rstrip("/")
     rows = open_data(config)
-    weights = open_weights(config)
+    going_on = bool(workdir) and has_checkpoints(workdir)  # of a run, whose tokenizer stays
+    weights = open_weights(config, workdir if going_on else "")
     with tempfile.TemporaryDirectory() as scratch:
         folder = workdir or scratch  # keeps a tokenizer that is trained on the data
-        going_on = has_checkpoints(folder)  # of a run, whose tokenizer stays as it is
         tokenizer = open_tokenizer(config, folder, rows["data"], weights, going_on=going_on)
     model = model_config(config, weights, tokenizer)
     for name in rows:
@@ -68,8 +68,8 @@ def describe(prepared: Prepared, seed: int, folder: str, name: str) -> None:
         padded_fill=tokens / (len(examples) * seq_len),
     )
     say(
-        f"packed: {rows:,} rows of {seq_len:,} tokens, {description.packed_fill:.1%} filled; one "
-        f"example a row: {len(examples):,} rows, {description.padded_fill:.1%} filled"
+        f"packed: {rows:,} rows of {seq_len:,} tokens, {description.packed_fill:.1%} filled\n"
+        f"one example a row: {len(examples):,} rows, {description.padded_fill:.1%} filled"
     )
     picture = plot_lengths(prepared.row_lengths, seq_len, f"{folder}/plots/{name}_lengths.png")
     write_json(description, f"{folder}/{name}.json")

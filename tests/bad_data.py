@@ -165,7 +165,8 @@ def a_folder_without_data(folder):
     path = folder / "data"
     path.mkdir()
     (path / "notes.md").write_text("# Data\n")
-    return path, [f"{path}: is a folder without rows (it holds notes.md); wanted a file"]
+    (path / "SOURCE.txt").write_text("https://example.org\n")
+    return path, [f"{path}: is a folder without rows (it holds"]
 
 
 def a_folder_of_files(folder):

@@ -101,12 +101,16 @@ class Encoded(NamedTuple):
         row_lengths: int32 `[rows]`, tokens of every row before any was cut or dropped.
         truncated: how many of them were cut to `seq_len`.
         dropped: rows left out, by reason.
+        cut_tokens: tokens that the truncated examples have lost.
+        unknown_tokens: tokens of all rows, before any was cut or dropped, among `unknown_ids`.
     """
 
     examples: Examples
     row_lengths: np.ndarray
     truncated: int
     dropped: Counter[str]
+    cut_tokens: int
+    unknown_tokens: int
 
 
 def encode_rows(
@@ -126,10 +130,12 @@ def encode_rows(
     """
     encoded, lengths = [], []
     dropped: Counter[str] = Counter()
-    truncated = 0
+    truncated = cut_tokens = unknown_tokens = 0
+    unknown = unknown_ids(tokenizer)
     for row, (tokens, mask) in zip(rows, _encode(tokenizer, rows, policy), strict=True):
         _require_in_vocabulary(tokens, vocab_size, tokenizer, row.where)
         lengths.append(len(tokens))
+        unknown_tokens += int(np.isin(tokens, unknown).sum())
         long = len(tokens) > policy.seq_len
         if long and policy.too_long == "error":
             raise InputError(
@@ -144,9 +150,27 @@ def encode_rows(
             dropped["no target left after truncation" if long else "no target"] += 1
             continue
         truncated += long
+        cut_tokens += lengths[-1] - len(tokens)
         encoded.append((tokens, mask))
     examples = Examples.concatenate(encoded)
-    return Encoded(examples, np.array(lengths, np.int32), truncated, dropped)
+    row_lengths = np.array(lengths, np.int32)
+    return Encoded(examples, row_lengths, truncated, dropped, cut_tokens, unknown_tokens)
+
+
+def unknown_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The ids that a tokenizer gives to text it does not know: of its unknown and padding tokens.
+
+    Not one that has another meaning: that begins or ends text, or that the chat template writes.
+    """
+    template = str(tokenizer.chat_template)
+    meant = {tokenizer.bos_token, tokenizer.eos_token}
+    named = tokenizer.special_tokens_map
+    tokens = {
+        named[name]
+        for name in ("unk_token", "pad_token")
+        if name in named and name not in template and named[name] not in template
+    }
+    return sorted(tokenizer.convert_tokens_to_ids(list(tokens - meant)))
 
 
 def _encode(tokenizer, rows: Sequence[Row], policy: Policy) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -56,7 +56,8 @@ def _open_folder(folder: str, split: str | None, path: str) -> Opened:
     if names.keys() & SAVED:
         files = saved_files(folder, split)
         return Opened(files, read_arrow(files, path))
-    data = [name for name in names if is_file_name(name)]
+    # A text file may hold rows, but in a folder it is most often a note.
+    data = [name for name in names if is_file_name(name) and not name.endswith(".txt")]
     if data:
         files = ",".join(f"{folder}/{name}" for name in data[:2]) + ",..." * (len(data) > 2)
         raise InputError(f"{folder}: is a folder with files of rows; name the files: {files}")

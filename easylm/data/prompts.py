@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, NamedTuple
 
-from easylm.data.rows import Conversation, Problem, normal_form
+from easylm.data.rows import CALLS, Conversation, Problem, normal_form
 from easylm.data.sources import read_values
 from easylm.errors import InputError
 
@@ -106,5 +106,9 @@ def _messages(row: Any, raw: bool) -> tuple[Conversation, Problem | None]:
                 )
             turns = [*turns, {"role": "assistant", "content": _ANSWER}]
         answered = {"messages": turns}
-    messages, problems = normal_form(answered)
+    # What a row has beside its turns counts as in training.
+    beside = {name: row[name] for name in ("system", *CALLS) if name in row}
+    messages, problems = normal_form({**answered, **beside})
+    if raw and len(messages) > 2:
+        return [], Problem("field that would be lost", "system", "text", "none with --raw")
     return messages[:-1], problems[0] if problems else None

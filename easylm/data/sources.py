@@ -12,7 +12,7 @@ import numpy as np
 
 from easylm.data.digest import digest_files
 from easylm.data.opened import open_path
-from easylm.data.rows import Conversation, Problem, Values, normal_form
+from easylm.data.rows import Conversation, Problem, Values, normal_form, unused_fields
 from easylm.errors import InputError
 
 _SHOWN_PROBLEMS = 10
@@ -25,6 +25,9 @@ class Source:
     path: str
     amount: int | float | None = None  # rows, or a fraction of them; None is everything
 
+    def __str__(self) -> str:
+        return self.path if self.amount is None else f"{self.path}@{self.amount}"
+
 
 class Row(NamedTuple):
     """A valid conversation and its place, `file:line` or `path:row N`."""
@@ -33,19 +36,39 @@ class Row(NamedTuple):
     where: str
 
 
+@dataclass(frozen=True)
+class Found:
+    """What became of the rows of one source.
+
+    Attributes:
+        taken: good rows that are used.
+        skipped: bad rows left out, by reason; empty unless bad rows are skipped.
+        first: for each of these reasons, the place in the source of its first row.
+        unused: good rows, taken or not, by each field of theirs that is not used.
+    """
+
+    taken: int
+    skipped: dict[str, int]
+    first: dict[str, str]
+    unused: dict[str, int]
+
+
 @dataclass
 class Rows:
     """The valid rows of some sources, in order.
 
     Attributes:
         rows: what was read.
-        counts: rows taken of each source, by its text in `data.sources`.
-        skipped: rows left out by reason; empty unless bad rows are skipped.
+        found: what became of the rows of each source.
     """
 
     rows: list[Row]
-    counts: dict[str, int]
-    skipped: Counter[str]
+    found: list[Found]
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Rows left out, by reason."""
+        return sum((Counter(found.skipped) for found in self.found), Counter())
 
 
 def parse_sources(sources: str, field: str = "data.sources") -> list[Source]:
@@ -100,54 +123,64 @@ def read_rows(
 
     Raises:
         InputError: a source is missing, unreadable or without rows, rows are bad (with the first
-            ten problems and the totals by reason), a count exceeds the rows, or nothing is left.
+            ten problems and the totals by reason), all rows of a source are, or a count exceeds the
+            rows.
     """
     if on_bad_row not in ("refuse", "skip"):
         raise InputError(f"data.on_bad_row: found {on_bad_row!r}; wanted 'refuse' or 'skip'")
     parsed = parse_sources(sources, field)
     # All of them are found before the first is read.
     opened = [open_path(source.path) for source in parsed]
-    bad = _BadRows()
-    valid = []
-    for source, found in zip(parsed, opened, strict=True):
-        before = bad.rows
-        valid.append(_read(found.values, bad))
-        if not valid[-1] and bad.rows == before:
+    read = [_read(found.values, source) for source, found in zip(parsed, opened, strict=True)]
+    for source, (rows, bad, _) in zip(parsed, read, strict=True):
+        if not rows and not bad.rows:
             raise InputError(f"{field}: no rows in {source.path}; wanted at least one")
-    total = bad.rows + sum(map(len, valid))
+        if not rows and on_bad_row == "skip":
+            raise InputError(
+                f"{field}: no good row in {source.path} ({bad.rows:,} read); wanted at least one. "
+                f"Repair it, or leave this source out:\n{bad.table(_SHOWN_PROBLEMS)}"
+            )
+    bad = _BadRows.of_all([bad for _, bad, _ in read])
     if bad.rows and on_bad_row == "refuse":
+        total = bad.rows + sum(len(rows) for rows, _, _ in read)
         table = bad.table(_SHOWN_PROBLEMS)
         raise InputError(
             f"{bad.rows:,} of {total:,} rows of {field} are bad:\n{table}\n"
             "Repair them, or set data.on_bad_row=skip to leave them out."
         )
-    read = Rows([], {}, bad.reasons)
-    for index, (source, rows) in enumerate(zip(parsed, valid, strict=True)):
+    all_rows = Rows([], [])
+    for index, (source, (rows, bad, unused)) in enumerate(zip(parsed, read, strict=True)):
         taken = _take(rows, source, np.random.default_rng([seed, index]), field)
-        name = source.path if source.amount is None else f"{source.path}@{source.amount}"
-        read.counts[name] = read.counts.get(name, 0) + len(taken)
-        read.rows += taken
-    if not read.rows:
-        raise InputError(
-            f"{field}: no rows are left of {sources!r} ({total:,} read); wanted at least one\n"
-            f"{bad.table(0)}"
-        )
-    return read
+        all_rows.rows += taken
+        all_rows.found.append(Found(len(taken), dict(bad.reasons), bad.first, unused))
+    return all_rows
 
 
 @dataclass
 class _BadRows:
-    """What is wrong with rows: the first problems in words, and the rows by their first reason."""
+    """What is wrong with rows: the first problems in words, and the rows by their first reason.
+
+    `first` has the place in the source of the first row of each reason.
+    """
 
     shown: list[str] = field(default_factory=list)
     problems: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of_all(cls, parts: list[_BadRows]) -> _BadRows:
+        """What is wrong with all sources."""
+        shown = [problem for part in parts for problem in part.shown][:_SHOWN_PROBLEMS]
+        problems = sum(part.problems for part in parts)
+        return cls(shown, problems, sum((part.reasons for part in parts), Counter()))
 
     @property
     def rows(self) -> int:
         return self.reasons.total()
 
-    def add(self, where: str, problems: list[Problem]) -> None:
+    def add(self, where: str, problems: list[Problem], path: str) -> None:
+        self.first.setdefault(problems[0].reason, where.removeprefix(f"{path}:"))
         self.reasons[problems[0].reason] += 1
         self.problems += len(problems)
         room = _SHOWN_PROBLEMS - len(self.shown)
@@ -162,15 +195,17 @@ class _BadRows:
         return "\n".join(lines)
 
 
-def _read(values: Values, bad: _BadRows) -> list[Row]:
-    valid = []
+def _read(values: Values, source: Source) -> tuple[list[Row], _BadRows, dict[str, int]]:
+    """The good rows of a source, the bad ones, and how many good ones have which unused field."""
+    valid, bad, unused = [], _BadRows(), Counter()
     for where, value, broken in values:
         messages, problems = ([], [broken]) if broken else normal_form(value)
         if problems:
-            bad.add(where, problems)
+            bad.add(where, problems, source.path)
         else:
             valid.append(Row(messages, where))
-    return valid
+            unused.update(unused_fields(value))
+    return valid, bad, dict(sorted(unused.items()))
 
 
 def read_values(path: str) -> Values:
@@ -208,8 +243,9 @@ def _take(rows: list[Row], source: Source, rng: np.random.Generator, field: str)
     if isinstance(count, float):
         count = round(count * len(rows))
     if not 0 < count <= len(rows):
+        found = f"{len(rows):,} valid ones. Ask for 1 to {len(rows):,}"
         raise InputError(
-            f"{field}: {source.path}@{source.amount}: wanted {count:,} rows; "
-            f"found {len(rows):,} valid ones. Ask for 1 to {len(rows):,}, or for no amount"
+            f"{field}: {source}: wanted {count:,} rows; "
+            f"found {found if len(rows) > 1 else '1 valid one. Ask for 1'}, or for no amount"
         )
     return [rows[i] for i in np.sort(rng.choice(len(rows), count, replace=False))]

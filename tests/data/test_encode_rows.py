@@ -40,7 +40,7 @@ def encode(tokenizer, rows, seq_len, too_long="truncate"):
 
 def test_examples_are_the_encoded_rows(tokenizer):
     rows = random_rows(100)
-    examples, lengths, truncated, dropped = encode(tokenizer, rows, 1000)
+    examples, lengths, truncated, dropped, *lost = encode(tokenizer, rows, 1000)
     assert len(examples) == 100
     for index in range(100):
         tokens, mask = examples.example(index)
@@ -48,7 +48,7 @@ def test_examples_are_the_encoded_rows(tokenizer):
         assert tokens.tolist() == expected.tolist() and mask.tolist() == expected_mask.tolist()
     assert (examples.tokens.dtype, examples.loss_mask.dtype) == (np.int32, np.uint8)
     assert lengths.tolist() == examples.lengths.tolist()
-    assert (truncated, dropped) == (0, {})
+    assert (truncated, dropped, lost) == (0, {}, [0, 0])
 
 
 def test_too_long_examples(tokenizer):
@@ -60,16 +60,17 @@ def test_too_long_examples(tokenizer):
     empty = np.array([not m.any() for _, m in cut])
     assert long.any() and (long & empty).any() and (long & ~empty).any()
 
-    examples, lengths, truncated, dropped = encode(tokenizer, rows, limit)
+    examples, lengths, truncated, dropped, *lost = encode(tokenizer, rows, limit)
     kept = [pair for pair, gone in zip(cut, empty, strict=True) if not gone]
     assert examples.tokens.tolist() == Examples.concatenate(kept).tokens.tolist()
     assert examples.loss_mask.tolist() == Examples.concatenate(kept).loss_mask.tolist()
     assert len(examples) == 100 - empty.sum()
     assert lengths.tolist() == full.lengths.tolist()
     assert truncated == (long & ~empty).sum()
+    assert lost == [(full.lengths - limit)[long & ~empty].sum(), 0]
     assert dropped == {"no target left after truncation": empty.sum()}
 
-    examples, lengths, truncated, dropped = encode(tokenizer, rows, limit, too_long="drop")
+    examples, lengths, truncated, dropped, *lost = encode(tokenizer, rows, limit, too_long="drop")
     assert examples.lengths.tolist() == full.lengths[~long].tolist()
     assert lengths.tolist() == full.lengths.tolist()
     assert (truncated, dropped) == (0, {"too long": long.sum()})

@@ -7,7 +7,7 @@ import pytest
 
 from easylm import storage
 from easylm.data.rows import normal_form
-from easylm.data.sources import Source, parse_sources, read_rows
+from easylm.data.sources import Found, Source, parse_sources, read_rows
 from easylm.errors import InputError
 from tests import bucket
 
@@ -135,6 +135,44 @@ BAD_ROWS = {
         {"conversations": [{"from": "human", "text": "x"}, {"from": "gpt", "value": "y"}]},
         ["conversations[0].value: missing beside 'from', 'text'; wanted text"],
     ),
+    "tools": (
+        {**GOOD, "tools": [{"name": "search"}]},
+        ["tools: a list; wanted none: what tools can do"],
+    ),
+    "functions as text": ({**GOOD, "functions": '[{"name": 1}]'}, ["functions: '[{\"name\": 1}]'"]),
+    "tool calls": (
+        messages(USER, {**ASSISTANT, "tool_calls": [{"name": "search"}]}),
+        ["messages[1].tool_calls: a list; wanted none"],
+    ),
+    "function call": (
+        messages(USER, {**ASSISTANT, "function_call": {"name": "search"}}),
+        ["messages[1].function_call: an object; wanted none"],
+    ),
+    "weight": (
+        messages(USER, {**ASSISTANT, "weight": 0}),
+        ["messages[1].weight: 0; wanted 1 or true: all that the assistant says"],
+    ),
+    "not to be trained": (
+        messages(USER, {**ASSISTANT, "train": False}),
+        ["messages[1].train: False; wanted 1 or true"],
+    ),
+    "two system messages": (
+        {**messages(SYSTEM, USER, ASSISTANT), "system": "Be brief."},
+        ["system: beside a system message; wanted one of them"],
+    ),
+    "system a list": ({**GOOD, "system": ["x"]}, ["system: a list; wanted text"]),
+    "history not a list": (
+        {"instruction": "x", "output": "y", "history": {}},
+        ["history: an object; wanted a list of [user, assistant]"],
+    ),
+    "history not of pairs": (
+        {"instruction": "x", "output": "y", "history": [["a", "b"], ["c"], "d"]},
+        ["history[1]: a list of 1; wanted [user, assistant]", "history[2]: 'd'; wanted [user"],
+    ),
+    "history empty": (
+        {"instruction": "x", "output": "y", "history": [["a", ""]]},
+        ["history[0][1]: an empty string; wanted text"],
+    ),
     "broken JSON": (b'{"messages": [}', ["line: Expecting value at column 15; wanted one JSON"]),
     "cut line": (b'{"messages": [{"role"', ["line: Expecting ':' delimiter at column"]),
     "two objects on a line": (b'{"a": 1} {"b": 2}', ["line: Extra data at column 10"]),
@@ -229,12 +267,15 @@ def test_first_ten_problems_and_the_totals(tmp_path):
     assert "data.on_bad_row=skip" in text
 
 
-def test_nothing_left_shows_the_table(tmp_path):
+def test_a_source_without_a_good_row_is_refused(tmp_path):
+    good = tmp_path / "good.jsonl"
+    good.write_text(json.dumps(GOOD))
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(messages(USER)) + "\n5\n")
     with pytest.raises(InputError) as error:
-        read_rows(str(path), on_bad_row="skip")
-    assert "no rows" in str(error.value) and "(2 read)" in str(error.value)
+        read_rows(f"{good},{path}", on_bad_row="skip")
+    assert f"no good row in {path} (2 read); wanted at least one" in str(error.value)
+    assert f"{path}:2: row: 5; wanted a JSON object" in str(error.value)
     assert "1  no assistant turn" in str(error.value) and "1  not an object" in str(error.value)
     path.write_text("\n \n")
     with pytest.raises(InputError, match=f"data.sources: no rows in {path}"):
@@ -262,6 +303,22 @@ FORMS = {
         messages({**USER, "name": "x"}, {**ASSISTANT, "weight": 1}),
         [("Hi", "Hello!")],
     ),
+    "nothing that is lost": (
+        {
+            **messages(
+                {**USER, "train": False},
+                {**ASSISTANT, "train": True, "function_call": {"name": None}, "tool_calls": []},
+            ),
+            "tools": "[]",
+            "system": "",
+        },
+        [("Hi", "Hello!")],
+    ),
+    "history": (
+        {"instruction": "c", "output": "d", "history": [["a", "b"]]},
+        [("a", "b"), ("c", "d")],
+    ),
+    "no history": ({"instruction": "c", "output": "d", "history": []}, [("c", "d")]),
 }
 
 
@@ -279,6 +336,13 @@ def test_normal_form(row, pairs):
 def test_system_first_and_user_last_are_fine():
     row = messages(SYSTEM, USER, ASSISTANT, USER)
     assert normal_form(row) == (row["messages"], [])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_field_system_comes_first(name):
+    row = FORMS[name][0]
+    found, problems = normal_form({**row, "system": "Be brief."})
+    assert not problems and found == [SYSTEM, *normal_form(row)[0]]
 
 
 def named_row(name):
@@ -362,9 +426,9 @@ def test_several_sources_with_counts_and_fractions(tmp_path):
     a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     everything = read_rows(f"{a}, {b}")
     assert names(everything) == [f"a{i}" for i in range(10)] + [f"b{i}" for i in range(10)]
-    assert everything.counts == {str(a): 10, str(b): 10}
+    assert [found.taken for found in everything.found] == [10, 10]
     part = read_rows(f"{a}@3,{b}@0.5", seed=1)
-    assert part.counts == {f"{a}@3": 3, f"{b}@0.5": 5}
+    assert [found.taken for found in part.found] == [3, 5]
     assert len(set(names(part))) == 8 and names(part) == sorted(names(part))
     assert names(part) == names(read_rows(f"{a}@3,{b}@0.5", seed=1))
     assert names(part) != names(read_rows(f"{a}@3,{b}@0.5", seed=2))
@@ -377,6 +441,28 @@ def test_several_sources_with_counts_and_fractions(tmp_path):
         read_rows(f"{a}@11")
     with pytest.raises(InputError, match=r"a.jsonl@0.01: wanted 0 rows; found 10 valid ones"):
         read_rows(f"{a}@0.01,{b}")
+    a.write_text(json.dumps(named_row("a")))
+    with pytest.raises(InputError, match=r"found 1 valid one. Ask for 1, or for no amount"):
+        read_rows(f"{a}@2")
+
+
+def test_what_became_of_each_source(tmp_path):
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    calls = messages(USER, {**ASSISTANT, "name": "x", "weight": 1, "tool_calls": []})
+    rows = [GOOD, 5, {**GOOD, "prompt_id": 7, "prompt": "Hi"}, 6, {**calls, "prompt_id": 8}]
+    a.write_text("\n".join(map(json.dumps, [*rows, messages(USER)])))
+    b.write_text(json.dumps({**GOOD, "id": None, "tools": ""}))
+    read = read_rows(f"{a}@1,{b}", on_bad_row="skip")
+    assert read.found == [
+        Found(
+            taken=1,
+            skipped={"not an object": 2, "no assistant turn": 1},
+            first={"not an object": "2", "no assistant turn": "6"},
+            unused={"messages[].name": 1, "prompt": 1, "prompt_id": 2},
+        ),
+        Found(taken=1, skipped={}, first={}, unused={}),
+    ]
+    assert read.skipped == {"not an object": 2, "no assistant turn": 1}
 
 
 def test_source_grammar(tmp_path):

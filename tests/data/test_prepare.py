@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import weakref
 import numpy as np
 import pytest
 
+from easylm.chat import TULU
 from easylm.data import prepare as prepare_module
 from easylm.data.encode import Examples
 from easylm.data.parallel import encode_in_parts
@@ -96,10 +98,21 @@ def test_examples_and_manifest(run, source, tokenizer):
     assert manifest.length_min == examples.lengths.min()
     quartiles = manifest.length_q25, manifest.length_median, manifest.length_q75
     assert quartiles == tuple(np.quantile(examples.lengths, [0.25, 0.5, 0.75]).astype(int))
-    assert manifest.sources.keys() == {source} and manifest.sources[source]["rows"] == 40
+    assert [(entry["path"], entry["taken"]) for entry in manifest.sources] == [(source, 40)]
+    full, long = prepared.row_lengths, prepared.row_lengths > 64
+    assert manifest.row_length_mean == full.mean() and manifest.row_length_max == full.max()
+    assert manifest.row_length_q25 == int(np.quantile(full, 0.25))
+    assert manifest.tokens + manifest.cut_tokens + manifest.dropped_tokens == full.sum()
+    cut = sum(sorted(full[long] - 64))
+    assert 0 < manifest.cut_tokens < cut and manifest.dropped_tokens >= dropped * 65
+    share = manifest.cut_tokens / full.sum()
     text = str(manifest)
     assert f"40 rows of {source}\n40 rows: {len(examples)} examples, " in text
+    assert all(len(line) <= 80 for line in text.splitlines() if source not in line)
+    text = " ".join(text.split())
     assert f"{dropped} dropped (no target left after truncation); " in text
+    assert f"max {full.max()} {manifest.cut_tokens:,} tokens ({share:.1%}) lost to trunc" in text
+    assert f"{manifest.dropped_tokens:,} ({manifest.dropped_tokens / full.sum():.1%}) in " in text
     stored = json.loads(pathlib.Path(prepared.folder, "manifest.json").read_text())
     del stored["arrays"]
     assert stored == dataclasses.asdict(manifest)
@@ -115,7 +128,10 @@ def test_the_second_run_reads_no_rows(run, source, monkeypatch, tmp_path):
     assert again.examples.loss_mask.tolist() == first.examples.loss_mask.tolist()
     assert again.examples.fingerprint() == first.examples.fingerprint()
     # The content counts, not its name.
-    assert run(shutil.copy(source, f"{tmp_path}/other.jsonl")).reused
+    other = shutil.copy(source, f"{tmp_path}/other.jsonl")
+    renamed = run(other)
+    assert renamed.reused
+    assert other in str(renamed.manifest) and source not in str(renamed.manifest)
 
 
 def test_rows_are_not_kept_in_memory(source, tmp_path, tokenizer):
@@ -181,8 +197,48 @@ def test_bad_rows_are_reported_when_rows_are_opened(source, tmp_path, run):
     with pytest.raises(InputError, match=r"1 of 41 rows of data\.sources are bad"):
         open_rows(source, on_bad_row="refuse", seed=0, cache=cache)
     manifest = run(source, on_bad_row="skip").manifest
-    assert manifest.skipped == {"text is missing": 1} and manifest.rows == 40
-    assert "1 rows skipped: text is missing" in str(manifest)
+    assert manifest.sources[0]["skipped"] == {"text is missing": 1} and manifest.rows == 40
+    assert f"1 row skipped: text is missing, the first is {source}:41" in str(manifest)
+
+
+def test_fields_that_are_not_used_are_said(source, run):
+    with open(source, "a") as file:
+        file.write('{"prompt": "one", "completion": "two", "id": 7, "category": null}\n')
+    text = str(run(source).manifest)
+    assert "  fields not used: id (1 row)" in text and "lost" not in text.replace("lost to", "")
+
+
+def tokenizer_that_knows(known):
+    """Words alone: every other one becomes its padding token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<", "|", ">", "|>", "<|", "user", "assistant", "|></", *known]
+    words = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template=TULU,
+    )
+
+
+def test_a_tokenizer_that_does_not_know_the_text_is_refused(run, source, tmp_path):
+    with open(source, "a") as file:
+        file.write('{"prompt": "one ?", "completion": "two ?"}\n')
+    unknown = run(source, tokenizer=tokenizer_that_knows(WORDS))
+    assert unknown.manifest.unknown_tokens == 2
+    share = unknown.manifest.unknown_tokens / unknown.row_lengths.sum()
+    assert f"({share:.2%}) stand for text that the tokenizer does not" in str(unknown.manifest)
+    with pytest.raises(InputError) as error:
+        run(source, tokenizer=tokenizer_that_knows(WORDS[:4]))
+    assert re.match(r"data\.tokenizer: \d\d\.\d% of the tokens of data", str(error.value))
+    assert "are <pad>, which stands for text" in str(error.value)
+    knows_all = run(source, tokenizer=tokenizer_that_knows([*WORDS, "?"])).manifest
+    assert knows_all.unknown_tokens == 0 and "stand for" not in str(knows_all)
 
 
 def test_changing_sources_are_refused(source, tmp_path, monkeypatch):
