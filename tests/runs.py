@@ -5,6 +5,10 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterable
+
+import torch
+import transformers
 
 from easylm import sft
 
@@ -89,3 +93,36 @@ def metrics(workdir: pathlib.Path) -> list[dict]:
     """The lines of metrics.jsonl; one that is being written is left out."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def conversations(rows: Iterable[dict]) -> list[list[dict]]:
+    """The messages of rows of any of the three kinds that the runs here have."""
+    found = []
+    for row in rows:
+        question = row.get("instruction") or row.get("prompt")
+        answer = row.get("output") or row.get("completion")
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        found.append(row.get("messages") or turns)
+    return found
+
+
+def loss_by_transformers(folder: pathlib.Path, conversations: list[list[dict]]):
+    """(mean loss of the assistants' tokens, how many they are) by transformers alone.
+
+    Conversations are cut at seq_len, as in the runs.
+    """
+    longest = COMMON["data.seq_len"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    total = count = 0
+    for messages in conversations:
+        encoded = tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids = torch.tensor([encoded["input_ids"][:longest]])
+        trained = torch.tensor(encoded["assistant_masks"][1:longest], dtype=torch.bool)
+        with torch.no_grad():
+            logprobs = model(ids).logits.log_softmax(-1)[0, :-1]
+        total -= logprobs.gather(1, ids[0, 1:, None])[:, 0][trained].double().sum().item()
+        count += trained.sum().item()
+    return total / count, count

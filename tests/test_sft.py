@@ -5,14 +5,21 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-import transformers
 from safetensors.numpy import load_file
 
 from easylm import sft
 from easylm.checkpoint import find_checkpoint, read_bundle, tokenizer_files_of
 from easylm.errors import InputError
-from tests.runs import RANDOM, ROWS, arguments, make_folder, metrics, start
+from tests.runs import (
+    RANDOM,
+    ROWS,
+    arguments,
+    conversations,
+    loss_by_transformers,
+    make_folder,
+    metrics,
+    start,
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +30,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def first_run(folder):
     workdir = folder / "first"
-    sft.main(arguments(folder, workdir, RANDOM))
+    sft.main(arguments(folder, workdir, {**RANDOM, "data.eval_sources": folder / "rows.jsonl"}))
     return workdir
 
 
@@ -54,25 +61,11 @@ def test_the_checkpoint_needs_nothing_else(first_run):
     assert exported == tokenizer_files_of(bundle)
 
 
-def test_transformers_loads_the_export_and_generates(first_run):
-    model = transformers.AutoModelForCausalLM.from_pretrained(first_run / "hf")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(first_run / "hf")
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Say sun 3 times."}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )["input_ids"]
-    generated = model.generate(ids, max_new_tokens=5, do_sample=False)
-    assert generated.shape[1] > ids.shape[1]
-    # It has learnt at least what an answer is made of: its loss on the data is the run's.
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Say sun 3 times."}, {"role": "assistant", "content": "sun"}],
-        return_tensors="pt",
-        return_dict=True,
-    )["input_ids"]
-    with torch.no_grad():
-        assert model(text, labels=text).loss < np.log(320)
+def test_the_export_has_the_loss_of_the_run_to_transformers(first_run):
+    loss, tokens = loss_by_transformers(first_run / "hf", conversations(ROWS))
+    last = metrics(first_run)[-1]
+    assert last["eval/target_tokens"] == tokens == 228
+    assert last["eval/loss"] == pytest.approx(loss, abs=1e-4)
 
 
 def test_going_on_from_a_checkpoint_equals_never_having_stopped(folder, first_run, tmp_path):

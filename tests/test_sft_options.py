@@ -6,13 +6,20 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-import transformers
 from safetensors.numpy import load_file
 
 from easylm import convert, sft
 from easylm.errors import InputError
-from tests.runs import RANDOM, ROWS, arguments, make_folder, metrics, start
+from tests.runs import (
+    RANDOM,
+    ROWS,
+    arguments,
+    conversations,
+    loss_by_transformers,
+    make_folder,
+    metrics,
+    start,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,27 +44,11 @@ def first(folder):
 def test_held_out_loss_is_that_of_transformers(folder, first):
     lines = metrics(first)
     assert [line["step"] for line in lines if "eval/loss" in line] == [4, 6]
-    total = count = 0.0
-    tokenizer = transformers.AutoTokenizer.from_pretrained(first / "hf" / "4")
-    model = transformers.AutoModelForCausalLM.from_pretrained(first / "hf" / "4")
-    for line in (folder / "eval.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        messages = [
-            {"role": "user", "content": row["prompt"]},
-            {"role": "assistant", "content": row["completion"]},
-        ]
-        encoded = tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids = torch.tensor([encoded["input_ids"]])
-        trained = torch.tensor(encoded["assistant_masks"][1:], dtype=torch.bool)
-        with torch.no_grad():
-            logprobs = model(ids).logits.log_softmax(-1)[0, :-1]
-        total -= logprobs.gather(1, ids[0, 1:, None])[:, 0][trained].double().sum().item()
-        count += trained.sum().item()
+    rows = map(json.loads, (folder / "eval.jsonl").read_text().splitlines())
+    loss, tokens = loss_by_transformers(first / "hf" / "4", conversations(rows))
     (at_four,) = (line for line in lines if line["step"] == 4)
-    assert at_four["eval/target_tokens"] == count
-    assert at_four["eval/loss"] == pytest.approx(total / count, rel=1e-5)
+    assert at_four["eval/target_tokens"] == tokens
+    assert at_four["eval/loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_an_export_every_so_often_and_after_the_last_step(first):
