@@ -184,9 +184,10 @@ def test_rows_longer_than_the_weights_were_made_for(folder, first, tmp_path):
     assert exported["max_position_embeddings"] == 256
 
 
-def test_the_model_card_owns_up_to_stripped_newlines(folder, first, tmp_path):
-    options = {"init_from": first / "hf" / "6", "data.eos_newline": "strip", "steps": 1}
+def test_the_model_card_owns_up_to_stripped_newlines(folder, first, tmp_path, capsys):
+    options = {"init_from": first / "hf", "data.eos_newline": "strip", "steps": 1}
     sft.main(arguments(folder, tmp_path / "run", options))
+    assert f"newest in {first}/hf/6\n" in capsys.readouterr().err
     assert "inference sees tokens there that training did not" in (
         tmp_path / "run" / "hf" / "README.md"
     ).read_text().replace("\n", " ")
