@@ -486,10 +486,12 @@ def with_template(tokenizer, template):
     )
 
 
-def test_show_colors_the_trained_part(sentencepiece):
-    tokens, mask = encode_messages(sentencepiece, turns("Hi there", "Hello! 1234"))
+def test_show_colors_the_trained_part_and_underlines_special_tokens(sentencepiece):
+    tokens, mask = encode_messages(sentencepiece, turns("Hi </s>", "Hello! 1234"))
     shown = format_example(sentencepiece, tokens, mask, color=True)
-    assert shown.endswith("<|user|>\nHi there\n<|assistant|>\n\x1b[32mHello! 1234</s>\x1b[0m")
+    assert shown.startswith("\x1b[4m<s>")
+    answer = "\x1b[32mHello! 1234\x1b[4m</s>\x1b[24m\x1b[0m"
+    assert shown.endswith(f"<|user|>\nHi </s>\n<|assistant|>\n{answer}")
 
 
 def test_the_documented_example_is_what_is_shown(sentencepiece):

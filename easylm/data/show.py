@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
+_UNDERLINED, _NOT_UNDERLINED = "\x1b[4m", "\x1b[24m"
 
 
 def format_example(
@@ -22,14 +23,20 @@ def format_example(
         tokenizer: that encoded it.
         tokens: int `[len]`.
         loss_mask: `[len]`, 1 on tokens the model is trained to produce.
-        color: mark the trained part green, for a terminal; else put it in `[[` and `]]`.
+        color: for a terminal: mark the trained part green, and underline special tokens, which
+            tells them from text that spells them; else put the trained part in `[[` and `]]`.
     """
     opening, closing = (_GREEN, _PLAIN) if color else ("[[", "]]")
-    seams = [0, *(np.flatnonzero(np.diff(loss_mask)) + 1).tolist(), len(tokens)]
+    special = np.isin(tokens, tokenizer.all_special_ids) & color
+    changes = np.flatnonzero(np.diff(loss_mask) | np.diff(special)) + 1
     text, shown = "", []
-    for start, end in itertools.pairwise(seams):
+    trained = False
+    for start, end in itertools.pairwise([0, *changes.tolist(), len(tokens)]):
         # Decoded from the beginning: a tokenizer drops the space before the first word it sees.
         longer = tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False)
         piece, text = longer[len(text) :], longer
-        shown.append(f"{opening}{piece}{closing}" if loss_mask[start] else piece)
-    return "".join(shown)
+        if loss_mask[start] != trained:
+            trained = not trained
+            shown.append(opening if trained else closing)
+        shown.append(f"{_UNDERLINED}{piece}{_NOT_UNDERLINED}" if special[start] else piece)
+    return "".join(shown) + (closing if trained else "")
