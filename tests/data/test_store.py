@@ -184,7 +184,8 @@ def test_a_bucket_is_mirrored(bucket, monkeypatch, tmp_path, capsys):
     assert copied.reused and copied.fingerprint == made.fingerprint
     assert f"copying 0.00 GB of prepared data from {cache}/a/b to " in capsys.readouterr().err
     store.open_or_make(cache, "a/b", not_called, progress=False)
-    assert capsys.readouterr().err == ""
+    # The bucket server of the tests lives in this process, and may say that a client has left.
+    assert "copying" not in capsys.readouterr().err
 
 
 def test_an_upload_that_broke_off_is_finished(bucket, monkeypatch, tmp_path):
