@@ -111,7 +111,7 @@ def no_row_is_good(folder, run):
     path.write_text('{"prompt": "hi"}\n' * 3 + "{\n")
     return Case(
         {"init_from": run / "hf", "data.sources": path, "data.on_bad_row": "skip"},
-        [f"data.sources: no rows are left of '{path}' (4 read)", "3 text is missing", "1 broken"],
+        [f"data.sources: no good row in {path} (4 read)", "3 text is missing", "1 broken"],
     )
 
 
@@ -219,12 +219,6 @@ def a_run_without_its_config(folder, run):
     return case
 
 
-def a_run_without_its_tokenizer(folder, run):
-    case = again(folder, run, "RUN/tokenizer: no such folder")
-    shutil.rmtree(folder / "run" / "tokenizer")
-    return case
-
-
 def an_export_that_is_a_file(folder, run):
     case = again(folder, run, "RUN/hf", "is a file; wanted a folder")
     shutil.rmtree(folder / "run" / "hf")
@@ -245,7 +239,7 @@ SETUPS = [
     a_workdir_that_is_a_file, a_workdir_below_a_file, another_config, other_data,
     a_model_without_its_run, a_damaged_checkpoint, a_checkpoint_without_bundle,
     a_checkpoint_of_another_version, a_damaged_config_of_the_run, a_run_without_its_config,
-    a_run_without_its_tokenizer, an_export_that_is_a_file, exports_of_steps,
+    an_export_that_is_a_file, exports_of_steps,
     a_checkpoint_without_optimizer,
 ]  # fmt: skip
 CASES = {case.__name__: case for case in MODELS + SETUPS} | OPTIONS
