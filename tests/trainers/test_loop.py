@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from easylm.errors import PreemptedError
-from easylm.trainers.loop import train
+from easylm.trainers.loop import not_finite, train
 
 
 class State(NamedTuple):
@@ -100,3 +100,9 @@ def test_a_machine_taken_away_in_the_last_step_ends_the_run_as_usual():
     state, events = run([5.0, 4.0], taken_away_in=2)
     assert state == 3
     assert events[-1] == ("save", 2, 3)
+
+
+def test_a_gradient_alone_can_stop_a_run():
+    assert not_finite({"loss": 1.0, "grad_norm": float("nan")}) == ["grad_norm"]
+    assert not_finite({"loss": float("inf"), "grad_norm": 2.0}) == ["loss"]
+    assert not_finite({"loss": 1.0, "grad_norm": 2.0}) == []
