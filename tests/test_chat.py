@@ -289,7 +289,7 @@ def test_literal_encoding_equals_the_ordinary_one_elsewhere(tokenizer):
 @pytest.fixture(scope="module")
 def model_file(texts, tmp_path_factory):
     """A sentencepiece model made as LLaMA's was, without any help from easylm."""
-    prefix = tmp_path_factory.mktemp("library") / "tokenizer"
+    prefix = tmp_path_factory.mktemp("sentencepiece") / "tokenizer"
     sentencepiece_library.SentencePieceTrainer.train(
         sentence_iterator=(line for text in texts for line in text.splitlines()),
         model_prefix=str(prefix),
@@ -313,9 +313,9 @@ class SlowLlama:
     """
 
     def __init__(self, model_file, bos="<s>", eos="</s>"):
-        self.library = sentencepiece_library.SentencePieceProcessor(model_file=str(model_file))
+        self.processor = sentencepiece_library.SentencePieceProcessor(model_file=str(model_file))
         self.bos, self.eos = bos, eos
-        self.ids = {bos: self.library.bos_id(), eos: self.library.eos_id()}
+        self.ids = {bos: self.processor.bos_id(), eos: self.processor.eos_id()}
 
     def encode(self, text):
         pieces = re.split("(" + "|".join(self.ids) + ")", text)
@@ -325,7 +325,7 @@ class SlowLlama:
                 ids.append(self.ids[piece])
                 continue
             piece = piece.lstrip() if index > 0 else piece
-            ids += self.library.encode(piece.rstrip() if index < len(pieces) - 1 else piece)
+            ids += self.processor.encode(piece.rstrip() if index < len(pieces) - 1 else piece)
         return ids
 
     def example(self, messages):

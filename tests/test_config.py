@@ -263,6 +263,19 @@ def test_wrong_json_is_refused_with_the_file(tmp_path):
         config.read_json(str(tmp_path / "no_such.json"))
 
 
+def test_wrong_values_are_refused_by_their_path():
+    values = dataclasses.asdict(Outer(name="x", inner=Inner()))
+    for wrong, expected in [
+        (values | {"steps": True}, "config.steps: found True; wanted"),
+        (values | {"inner": 3}, "config.inner: found 3; wanted the fields of a section"),
+        ({"name": "x"}, "missing"),
+        (values | {"inner": values["inner"] | {"rate": 10**400}}, "config.inner.rate: found 1000"),
+    ]:
+        with pytest.raises(InputError) as error:
+            config.from_dict(Outer, wrong)
+        assert expected in str(error.value)
+
+
 def test_difference_lists_the_paths():
     old = dataclasses.asdict(Outer(name="x", steps=3, inner=Inner()))
     new = dataclasses.asdict(Outer(name="x", steps=4, inner=Inner(rate=0.1)))
