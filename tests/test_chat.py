@@ -7,7 +7,6 @@ import re
 import jax
 import numpy as np
 import pytest
-import sentencepiece as sentencepiece_library
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -25,6 +24,7 @@ from easylm.errors import InputError
 from easylm.models.llama.config import LlamaConfig
 from easylm.models.llama.model import init_params
 from easylm.tokenizer import load_tokenizer, tokenizer_files, train_tokenizer
+from tests.slow_llama import SlowLlama, train_model
 
 # What stands before each message, what is said, what stands after it, the generation prompt.
 FORMATS = {
@@ -288,59 +288,7 @@ def test_literal_encoding_equals_the_ordinary_one_elsewhere(tokenizer):
 
 @pytest.fixture(scope="module")
 def model_file(texts, tmp_path_factory):
-    """A sentencepiece model made as LLaMA's was, without any help from easylm."""
-    prefix = tmp_path_factory.mktemp("sentencepiece") / "tokenizer"
-    sentencepiece_library.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in texts for line in text.splitlines()),
-        model_prefix=str(prefix),
-        model_type="bpe",
-        vocab_size=500,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        minloglevel=2,
-    )
-    return prefix.with_suffix(".model")
-
-
-class SlowLlama:
-    """What transformers 4.31 and EasyLM made of Tülu's format, from sentencepiece itself.
-
-    They cut the text at special tokens, which take the white space beside them away; what is left
-    between them goes to sentencepiece piece by piece. Masks are lengths of encoded prefixes.
-    """
-
-    def __init__(self, model_file, bos="<s>", eos="</s>"):
-        self.processor = sentencepiece_library.SentencePieceProcessor(model_file=str(model_file))
-        self.bos, self.eos = bos, eos
-        self.ids = {bos: self.processor.bos_id(), eos: self.processor.eos_id()}
-
-    def encode(self, text):
-        pieces = re.split("(" + "|".join(self.ids) + ")", text)
-        ids = []
-        for index, piece in enumerate(pieces):
-            if index % 2:
-                ids.append(self.ids[piece])
-                continue
-            piece = piece.lstrip() if index > 0 else piece
-            ids += self.processor.encode(piece.rstrip() if index < len(pieces) - 1 else piece)
-        return ids
-
-    def example(self, messages):
-        text, seams = self.bos, []
-        for message in messages:
-            text += f"<|{message['role']}|>\n"
-            seams.append(len(self.encode(text)))
-            is_answer = message["role"] == "assistant"
-            text += message["content"].strip() + (f"{self.eos}\n" if is_answer else "\n")
-            seams.append(len(self.encode(text)))
-        ids = self.encode(text.strip())
-        mask = np.zeros(len(ids), int)
-        for message, start, end in zip(messages, seams[::2], seams[1::2], strict=True):
-            mask[start:end] = message["role"] == "assistant"
-        return ids, mask.tolist()
+    return train_model(texts, 500, tmp_path_factory.mktemp("sentencepiece"))
 
 
 def test_stripped_newlines_are_those_of_the_slow_llama_tokenizer(model_file):

@@ -18,6 +18,7 @@ from easylm.tokenizer import (
     train_tokenizer,
 )
 from tests import bucket
+from tests.slow_llama import train_model
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog 1234567 times.",
@@ -30,21 +31,7 @@ ODD_TEXTS = [*TEXTS[:4], " ", "\n", "a\n\n b", "▁x▁", "\x00", "\r\n", "👨�
 
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory):
-    """A sentencepiece model made as LLaMA's was, without any help from easylm."""
-    prefix = tmp_path_factory.mktemp("sentencepiece") / "tokenizer"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in TEXTS for line in text.splitlines()),
-        model_prefix=str(prefix),
-        model_type="bpe",
-        vocab_size=420,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        minloglevel=2,
-    )
-    return prefix.with_suffix(".model")
+    return train_model(TEXTS, 420, tmp_path_factory.mktemp("sentencepiece"))
 
 
 @pytest.fixture(scope="module")
