@@ -9,7 +9,7 @@ from easylm.converters.export import export_hf
 from easylm.errors import InputError
 from easylm.model_card import model_card
 from easylm.models.llama.config import LlamaConfig
-from easylm.trainers.config import SftConfig
+from easylm.trainers.config import RunConfig
 
 
 class Exporter:
@@ -27,7 +27,7 @@ class Exporter:
 
     def __init__(
         self,
-        config: SftConfig,
+        config: RunConfig,
         workdir: str,
         model: LlamaConfig,
         tokenizer_files: dict[str, bytes],

@@ -14,7 +14,7 @@ from easylm.data.prepare import Prepared, SourceRows, open_rows, prepare
 from easylm.errors import InputError
 from easylm.models.llama.config import LlamaConfig
 from easylm.tokenizer import load_tokenizer, require_eos, set_chat_template, train_tokenizer
-from easylm.trainers.config import SftConfig
+from easylm.trainers.config import RunConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from easylm.converters.weights import Weights
 
 
-def open_weights(config: SftConfig, going_on_in: str = "") -> "Weights | None":
+def open_weights(config: RunConfig, going_on_in: str = "") -> "Weights | None":
     """The weights that `init_from` names, not yet read; None for random ones.
 
     Args:
@@ -44,7 +44,7 @@ def open_weights(config: SftConfig, going_on_in: str = "") -> "Weights | None":
 
 
 def open_tokenizer(
-    config: SftConfig,
+    config: RunConfig,
     workdir: str,
     rows: SourceRows,
     weights: "Weights | None",
@@ -79,7 +79,7 @@ def open_tokenizer(
     return tokenizer
 
 
-def model_config(config: SftConfig, weights: "Weights | None", tokenizer) -> LlamaConfig:
+def model_config(config: RunConfig, weights: "Weights | None", tokenizer) -> LlamaConfig:
     """The model to train, as large as its tokenizer needs.
 
     Raises:
@@ -117,7 +117,7 @@ def model_config(config: SftConfig, weights: "Weights | None", tokenizer) -> Lla
     return model
 
 
-def open_data(config: SftConfig) -> dict[str, SourceRows]:
+def open_data(config: RunConfig) -> dict[str, SourceRows]:
     """The rows to train on and those to evaluate on, if any, as `data` and `eval`.
 
     Raises:
@@ -140,7 +140,7 @@ def open_data(config: SftConfig) -> dict[str, SourceRows]:
     }
 
 
-def prepare_data(config: SftConfig, rows: SourceRows, tokenizer, model: LlamaConfig) -> Prepared:
+def prepare_data(config: RunConfig, rows: SourceRows, tokenizer, model: LlamaConfig) -> Prepared:
     """Encodes rows, and says what became of them.
 
     Raises:
@@ -163,7 +163,7 @@ def prepare_data(config: SftConfig, rows: SourceRows, tokenizer, model: LlamaCon
     return prepared
 
 
-def load_params(config: SftConfig, weights: "Weights | None", model, shardings, dtype) -> dict:
+def load_params(config: RunConfig, weights: "Weights | None", model, shardings, dtype) -> dict:
     """The parameters before the first step, on the mesh."""
     if weights is not None:
         return weights.load(model, shardings, dtype)

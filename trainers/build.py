@@ -25,7 +25,7 @@ from easylm.schedules import (
     wsd_schedule,
 )
 from easylm.sharding import batch_sharding
-from easylm.trainers.config import SftConfig
+from easylm.trainers.config import RunConfig
 from easylm.trainers.options import OptimizerConfig
 from easylm.trainers.step import (
     Batch,
@@ -71,7 +71,7 @@ class Program:
 
 
 def build(
-    config: SftConfig,
+    config: RunConfig,
     *,
     model: LlamaConfig,
     mesh: Mesh,

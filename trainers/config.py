@@ -1,4 +1,4 @@
-"""The config of supervised fine-tuning, and the rules that hold between its options."""
+"""The configs of runs, and the rules that hold between their options."""
 
 import dataclasses
 from typing import Literal
@@ -10,6 +10,7 @@ from easylm.models.llama.config import LlamaConfig
 from easylm.trainers.options import (
     CheckpointConfig,
     DataConfig,
+    DpoOptions,
     ExportConfig,
     ModelConfig,
     OptimizerConfig,
@@ -19,8 +20,8 @@ from easylm.trainers.options import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SftConfig:
-    """Supervised fine-tuning: a model learns to say what the assistant of each example says."""
+class RunConfig:
+    """What every run has, whatever its objective."""
 
     init_from: str = option(
         "",
@@ -37,12 +38,6 @@ class SftConfig:
     batch_examples: int | None = option(None, "Examples in a step; either this or batch_rows.")
     batch_rows: int | None = option(None, "Rows of seq_len in a step; or batch_examples.")
     micro_batches: int = option(1, "Parts a step's rows are computed in; divides the rows.")
-    loss_weighting: Literal["token", "example", "microbatch"] = option(
-        "token",
-        "What weighs the same in the loss of a step: each trained token, each example, or each "
-        "group of loss_group examples (what Tulu 1 and 2 did).",
-    )
-    loss_group: int = option(32, "Examples in a group; loss_weighting=microbatch only.")
     eval_every: int = option(100, "Steps between evaluations on data.eval_sources.")
     log_every: int = option(1, "Steps between lines of metrics.jsonl.")
     tensorboard: bool = option(False, "Also write the metrics to WORKDIR/tensorboard.")
@@ -77,7 +72,7 @@ class SftConfig:
 
     def _check_amounts(self) -> None:
         at_least(self, 1, "steps", "epochs", "batch_examples", "batch_rows", "micro_batches")
-        at_least(self, 1, "log_every", "loss_chunk", "loss_group", "eval_every", "cpu_devices")
+        at_least(self, 1, "log_every", "loss_chunk", "eval_every", "cpu_devices")
         at_least(self, 0, "seed")
         for first, second in (("steps", "epochs"), ("batch_examples", "batch_rows")):
             found = getattr(self, first), getattr(self, second)
@@ -129,3 +124,29 @@ class SftConfig:
             found = model.rope_scaling.rope_type
             wanted = "linear or llama3: training packs rows, and dynamic needs one text a row"
             require(found != "dynamic", "init_from: rope_scaling.rope_type", found, wanted)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftConfig(RunConfig):
+    """Supervised fine-tuning: a model learns to say what the assistant of each example says."""
+
+    loss_weighting: Literal["token", "example", "microbatch"] = option(
+        "token",
+        "What weighs the same in the loss of a step: each trained token, each example, or each "
+        "group of loss_group examples (what Tulu 1 and 2 did).",
+    )
+    loss_group: int = option(32, "Examples in a group; loss_weighting=microbatch only.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 1, "loss_group")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DpoConfig(RunConfig):
+    """Preference optimization: a model learns to prefer the chosen answer of each pair.
+
+    An example is a pair here: batch_examples counts pairs.
+    """
+
+    dpo: DpoOptions

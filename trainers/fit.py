@@ -20,7 +20,7 @@ from easylm.preemption import stop_noticed
 from easylm.sharding import batch_sharding
 from easylm.track import open_trackers
 from easylm.trainers.build import Program, build
-from easylm.trainers.config import SftConfig
+from easylm.trainers.config import RunConfig
 from easylm.trainers.evaluate import evaluator
 from easylm.trainers.loop import train
 from easylm.trainers.overview import overview
@@ -32,7 +32,7 @@ LoadParams = Callable[[dict, jnp.dtype], dict]  # (shardings, dtype) -> paramete
 
 
 def fit(
-    config: SftConfig,
+    config: RunConfig,
     *,
     model: LlamaConfig,
     mesh: Mesh,
@@ -134,7 +134,7 @@ def _compile(program: Program):
 
 
 def _reporter(
-    config: SftConfig, workdir: str, model, program: Program, stream: BatchStream, last_step: int
+    config: RunConfig, workdir: str, model, program: Program, stream: BatchStream, last_step: int
 ) -> Reporter:
     return Reporter(
         workdir,

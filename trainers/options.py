@@ -93,8 +93,9 @@ class DataConfig:
 
     sources: str = option(
         "",
-        "Conversations to train on, comma-separated, each PATH[@count|@fraction]: JSON lines, JSON "
-        "or parquet files, local or gs://, folders of save_to_disk, TFDS, or names on the hub.",
+        "Conversations, or pairs, to train on, comma-separated, each PATH[@count|@fraction]: JSON "
+        "lines, JSON or parquet files, local or gs://, folders of save_to_disk, TFDS, or names on "
+        "the hub.",
     )
     eval_sources: str = option("", "The same for evaluation; none of it is trained on.")
     tokenizer: str = option("", "Folder or hub name; empty: the one that comes with init_from.")
@@ -187,6 +188,71 @@ class OptimizerConfig:
         )
         found = self.clip_norm
         require(found is None or found > 0, "clip_norm", found, "a number above 0, or none")
+
+
+# Losses of the policy alone: no reference is read or computed for them.
+_REFERENCE_FREE = ("simpo", "orpo")
+_SMOOTHED = ("sigmoid", "sigmoid_norm", "robust")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DpoOptions:
+    """The preference loss, its reference, and what of a pair counts."""
+
+    beta: float = option(0.1, "How strongly the policy is held to the reference; orpo: lambda.")
+    loss: Literal[
+        "sigmoid", "robust", "hinge", "ipo", "ipo_sum", "sigmoid_norm", "simpo", "orpo"
+    ] = option(
+        "sigmoid",
+        "sigmoid: DPO. ipo: of means per token, ipo_sum: of sums. sigmoid_norm: DPO of means per "
+        "token (Tulu 3). simpo and orpo have no reference.",
+    )
+    label_smoothing: float = option(
+        0.0,
+        "Share of pairs whose labels are thought wrong; sigmoid, sigmoid_norm (cDPO) and robust.",
+    )
+    simpo_gamma: float = option(0.5, "Margin that is asked for; simpo only.")
+    sft_weight: float = option(
+        0.0, "Weight of the mean negative log-probability of the chosen answer's tokens."
+    )
+    margin_weight: float = option(
+        0.0, "Share of each row's margin that its rewards must differ by; sigmoid only (ODPO)."
+    )
+    reference: str = option(
+        "policy", "The model to compare with: policy, what init_from gives; or weights, as there."
+    )
+    scored_turns: Literal["last", "all"] = option(
+        "last", "Whose log-probabilities count: the last turn of the assistant, or all of them."
+    )
+    keep_prompt: Literal["end", "start"] = option(
+        "end", "The side of the prompt that stays where a pair is longer than a row."
+    )
+
+    def __post_init__(self):
+        require(self.beta > 0, "beta", self.beta, "a number above 0")
+        found = self.label_smoothing
+        require(0 <= found < 0.5, "label_smoothing", found, "a number from 0 to below 0.5")
+        wanted = f"0 with loss={self.loss}; it is for {', '.join(_SMOOTHED)}"
+        require(not found or self.loss in _SMOOTHED, "label_smoothing", found, wanted)
+        for field in ("sft_weight", "margin_weight", "simpo_gamma"):
+            value = getattr(self, field)
+            require(value >= 0, field, value, "0 or more")
+        wanted = f"0 with loss={self.loss}; it is for sigmoid"
+        found = self.margin_weight
+        require(not found or self.loss == "sigmoid", "margin_weight", found, wanted)
+        require(bool(self.reference), "reference", self.reference, "policy, or weights")
+        wanted = f"policy: loss={self.loss} has no reference"
+        require(
+            self.reference == "policy" or self.needs_reference,
+            "reference",
+            self.reference,
+            wanted,
+        )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares the policy with a reference."""
+        return self.loss not in _REFERENCE_FREE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from easylm.metrics import model_flops, peak_flops
 from easylm.models.llama.config import LlamaConfig
 from easylm.models.llama.model import count_parameters
 from easylm.trainers.build import warmup_count
-from easylm.trainers.config import SftConfig
+from easylm.trainers.config import RunConfig
 
 _WEIGHTING = {
     "token": "mean over the trained tokens of a step",
@@ -23,7 +23,7 @@ _WEIGHTING = {
 
 
 def overview(
-    config: SftConfig,
+    config: RunConfig,
     *,
     model: LlamaConfig,
     mesh: Mesh,

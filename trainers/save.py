@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from easylm.checkpoint import Checkpointer
-from easylm.trainers.config import SftConfig
+from easylm.trainers.config import RunConfig
 from easylm.trainers.step import TrainState
 
 
@@ -19,7 +19,7 @@ class Saver:
 
     def __init__(
         self,
-        config: SftConfig,
+        config: RunConfig,
         checkpointer: Checkpointer,
         export: Callable[[int, dict], None],
         bundle: dict,
