@@ -1,4 +1,4 @@
-"""The pictures of a run: its loss, and the lengths of what it was trained on."""
+"""The pictures of a run: its loss, its preferences, and the lengths of what it was trained on."""
 
 import io
 import json
@@ -36,16 +36,34 @@ def plot_loss(workdir: str) -> str:
     return _write(loss_figure(columns, os.path.basename(workdir)), f"{workdir}/plots/loss.png")
 
 
-def plot_lengths(lengths: np.ndarray, seq_len: int, path: str) -> str:
+def plot_preferences(workdir: str) -> str:
+    """Draws the rewards in WORKDIR/metrics.jsonl as WORKDIR/plots/preferences.png.
+
+    Args:
+      workdir: local or gs:// folder of a run on preference pairs.
+    Returns:
+      The path of the picture.
+    Raises:
+      InputError: as `plot_loss`.
+    """
+    workdir = workdir.rstrip("/")
+    columns = read_metrics(f"{workdir}/metrics.jsonl")
+    figure = preferences_figure(columns, os.path.basename(workdir))
+    return _write(figure, f"{workdir}/plots/preferences.png")
+
+
+def plot_lengths(lengths: np.ndarray, seq_len: int, path: str, noun: str = "example") -> str:
     """Draws how long the examples are, as the PNG `path`, local or gs://; returns `path`.
 
     Args:
       lengths: int [examples], tokens of each example before any was cut; at least one.
       seq_len: tokens of a row.
+      path: of the picture.
+      noun: what the picture calls an example.
     Raises:
       InputError: the picture cannot be written.
     """
-    return _write(lengths_figure(lengths, seq_len), path)
+    return _write(lengths_figure(lengths, seq_len, noun), path)
 
 
 def read_metrics(path: str) -> dict[str, np.ndarray]:
@@ -98,40 +116,91 @@ def loss_figure(columns: dict[str, np.ndarray], title: str) -> Figure:
     """
     figure = Figure(figsize=(8, 5.5), dpi=DOTS_PER_INCH, layout="constrained")
     loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    _draw_losses(loss_axes, columns)
+    _draw_curve(loss_axes, columns, "loss", "loss", BLUE)
+    trained = ~np.isnan(_column(columns, "learning_rate"))
+    for step in columns["step"][trained & ~np.isfinite(_column(columns, "loss"))]:
+        loss_axes.axvline(step, color=RED, lw=1.2, label=f"not finite at step {step:,.0f}")
+    _legend(loss_axes, "upper right")
     steps, rates = _finite(columns, "learning_rate")
     rate_axes.plot(steps, rates, color=GRAY, lw=1.4, marker=_marker(steps))
-    for axes, label in ((loss_axes, "loss"), (rate_axes, "learning rate")):
-        axes.set_ylabel(label)
-        axes.margins(x=0.01)
-        _tidy(axes)
     rate_axes.set_ylim(bottom=0)
     rate_axes.yaxis.set_major_locator(MaxNLocator(2, steps=ROUND))
     rate_axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
-    rate_axes.set_xlabel("step")
-    rate_axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=ROUND, min_n_ticks=1))
-    rate_axes.xaxis.set_major_formatter(THOUSANDS)
-    _mark_epochs(loss_axes, columns)
-    loss_axes.set_title(title, loc="left", fontweight="bold")
+    _over_steps({"loss": loss_axes, "learning rate": rate_axes}, columns, title)
     return figure
 
 
-def _draw_losses(axes: Axes, columns: dict[str, np.ndarray]) -> None:
-    steps, losses = _finite(columns, "loss")
-    style = {"color": BLUE, "lw": 0.8, "alpha": 0.3, "marker": _marker(steps)}
-    axes.plot(steps, losses, **style, label="loss of a step")
+def preferences_figure(columns: dict[str, np.ndarray], title: str) -> Figure:
+    """Accuracy, margin, and the rewards of both answers over steps, on held-out pairs too.
+
+    The accuracy is the share of pairs whose chosen answer has the higher reward; the margin is how
+    much higher it is on average.
+
+    Args:
+      columns: as `read_metrics` gives them: step, and rewards/..., eval/rewards/..., epoch where
+        the run has them.
+      title: of the picture.
+    """
+    figure = Figure(figsize=(8, 9), dpi=DOTS_PER_INCH, layout="constrained")
+    accuracy_axes, margin_axes, reward_axes = figure.subplots(3, 1, sharex=True)
+    accuracy_axes.axhline(0.5, color=GRAY, lw=1.1, ls=":", label="chance")
+    _draw_curve(accuracy_axes, columns, "rewards/accuracies", "accuracy", BLUE)
+    accuracy_axes.set_ylim(0, 1.02)
+    _legend(accuracy_axes, "lower right")
+    _draw_curve(margin_axes, columns, "rewards/margins", "margin", BLUE)
+    _legend(margin_axes, "lower right")
+    for answer, color in (("chosen", BLUE), ("rejected", RED)):
+        _draw_rewards(reward_axes, columns, answer, color)
+    _legend(reward_axes, "lower left")
+    for axes in (margin_axes, reward_axes):
+        axes.axhline(0, color=GRAY, lw=1.1, ls=":")
+    axes = {"accuracy": accuracy_axes, "margin of rewards": margin_axes, "reward": reward_axes}
+    _over_steps(axes, columns, title)
+    return figure
+
+
+def _draw_curve(axes: Axes, columns: dict[str, np.ndarray], name: str, noun: str, color: str):
+    """What each step gave, its smoothed course, and the values on held-out data."""
+    steps, values = _finite(columns, name)
+    style = {"color": color, "lw": 0.8, "alpha": 0.3, "marker": _marker(steps)}
+    axes.plot(steps, values, **style, label=f"{noun} of a step")
     if len(steps):
-        averages = smooth(losses)
+        averages = smooth(values)
         label = f"smoothed, {averages[-1]:.4g} at the end"
-        axes.plot(steps, averages, color=BLUE, lw=1.8, label=label)
-    eval_steps, eval_losses = _finite(columns, "eval/loss")
+        axes.plot(steps, averages, color=color, lw=1.8, label=label)
+    eval_steps, eval_values = _finite(columns, f"eval/{name}")
     if len(eval_steps):
-        label = f"held-out data, {eval_losses[-1]:.4g} at the end"
-        axes.plot(eval_steps, eval_losses, color=ORANGE, lw=1.5, marker="o", ms=4, label=label)
-    trained = ~np.isnan(_column(columns, "learning_rate"))
-    for step in columns["step"][trained & ~np.isfinite(_column(columns, "loss"))]:
-        axes.axvline(step, color=RED, lw=1.2, label=f"not finite at step {step:,.0f}")
-    axes.legend(loc="upper right", edgecolor="none", framealpha=0.85)
+        label = f"held-out data, {eval_values[-1]:.4g} at the end"
+        axes.plot(eval_steps, eval_values, color=ORANGE, lw=1.5, marker="o", ms=4, label=label)
+
+
+def _draw_rewards(axes: Axes, columns: dict[str, np.ndarray], answer: str, color: str):
+    steps, rewards = _finite(columns, f"rewards/{answer}")
+    axes.plot(steps, rewards, color=color, lw=0.8, alpha=0.3, marker=_marker(steps))
+    if len(steps):
+        axes.plot(steps, smooth(rewards), color=color, lw=1.8, label=f"{answer}, smoothed")
+    eval_steps, eval_rewards = _finite(columns, f"eval/rewards/{answer}")
+    if len(eval_steps):
+        style = {"color": color, "lw": 1.2, "ls": "--", "marker": "o", "ms": 4}
+        axes.plot(eval_steps, eval_rewards, **style, label=f"{answer}, held-out data")
+
+
+def _legend(axes: Axes, corner: str) -> None:
+    axes.legend(loc=corner, edgecolor="none", framealpha=0.85)
+
+
+def _over_steps(panels: dict[str, Axes], columns: dict[str, np.ndarray], title: str) -> None:
+    """Labels panels that stand above each other, by what they show, and their common x axis."""
+    for label, axes in panels.items():
+        axes.set_ylabel(label)
+        axes.margins(x=0.01)
+        _tidy(axes)
+    top, *_, bottom = panels.values()
+    bottom.set_xlabel("step")
+    bottom.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=ROUND, min_n_ticks=1))
+    bottom.xaxis.set_major_formatter(THOUSANDS)
+    _mark_epochs(top, columns)
+    top.set_title(title, loc="left", fontweight="bold")
 
 
 def _finite(columns: dict[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -164,7 +233,7 @@ def _mark_epochs(axes: Axes, columns: dict[str, np.ndarray]) -> None:
     _tidy(top)
 
 
-def lengths_figure(lengths: np.ndarray, seq_len: int) -> Figure:
+def lengths_figure(lengths: np.ndarray, seq_len: int, noun: str = "example") -> Figure:
     """A histogram over the logarithm of length, with its mean, its quartiles and `seq_len`.
 
     Arguments as of `plot_lengths`.
@@ -182,10 +251,10 @@ def lengths_figure(lengths: np.ndarray, seq_len: int) -> Figure:
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True, steps=ROUND))
     axes.yaxis.set_major_formatter(THOUSANDS)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens of an example")
-    axes.set_ylabel("examples")
+    axes.set_xlabel(f"tokens of {'an' if noun[0] in 'aeiou' else 'a'} {noun}")
+    axes.set_ylabel(f"{noun}s")
     total = lengths.sum(dtype=np.int64)
-    title = f"examples: {len(lengths):,} · tokens: {total:,} · longest: {lengths.max():,}"
+    title = f"{noun}s: {len(lengths):,} · tokens: {total:,} · longest: {lengths.max():,}"
     axes.set_title(title, loc="left", fontweight="bold", pad=26)
     axes.legend(
         frameon=False,

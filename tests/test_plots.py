@@ -16,6 +16,8 @@ from easylm.plots import (
     loss_figure,
     plot_lengths,
     plot_loss,
+    plot_preferences,
+    preferences_figure,
     read_metrics,
     smooth,
 )
@@ -124,6 +126,51 @@ def test_a_run_that_dies_at_its_second_step_is_a_point(tmp_path):
     assert rate_axes.lines[0].get_marker() == ""
 
 
+def preferences(step, **values):
+    rewards = {"chosen": -0.5 * step, "rejected": -2.0 * step, "margins": 1.5 * step}
+    rewards["accuracies"] = step / 100
+    return record(step, **{f"rewards/{name}": value for name, value in rewards.items()}, **values)
+
+
+def test_the_preferences_figure_shows_accuracy_margin_and_both_rewards(tmp_path):
+    records = [preferences(step) for step in range(1, 101)]
+    held_out = {"accuracies": (0.25, 0.75), "margins": (8, 16), "chosen": (-1, -2)}
+    held_out["rejected"] = (-9, -18)
+    for name, (middle, end) in held_out.items():
+        records[49][f"eval/rewards/{name}"] = middle
+        records[99][f"eval/rewards/{name}"] = end
+    workdir = write_run(tmp_path, records)
+    figure = preferences_figure(read_metrics(f"{workdir}/metrics.jsonl"), "a run")
+    accuracy_axes, margin_axes, reward_axes, top = figure.axes
+    steps = np.arange(1, 101)
+
+    drawn = curves(accuracy_axes)
+    np.testing.assert_allclose(drawn["accuracy of a step"], [steps, steps / 100])
+    np.testing.assert_allclose(drawn["held-out data, 0.75 at the end"], [[50, 100], [0.25, 0.75]])
+    assert set(drawn["chance"][1]) == {0.5} and accuracy_axes.get_ylim() == (0, 1.02)
+    drawn = curves(margin_axes)
+    np.testing.assert_allclose(drawn["margin of a step"], [steps, 1.5 * steps])
+    np.testing.assert_allclose(drawn["held-out data, 16 at the end"], [[50, 100], [8, 16]])
+    drawn = curves(reward_axes)
+    np.testing.assert_allclose(drawn["chosen, smoothed"], [steps, smooth(-0.5 * steps)])
+    np.testing.assert_allclose(drawn["rejected, smoothed"], [steps, smooth(-2.0 * steps)])
+    np.testing.assert_allclose(drawn["chosen, held-out data"], [[50, 100], [-1, -2]])
+    np.testing.assert_allclose(drawn["rejected, held-out data"], [[50, 100], [-9, -18]])
+
+    assert accuracy_axes.get_title(loc="left") == "a run" and reward_axes.get_xlabel() == "step"
+    assert top.get_xlim() == accuracy_axes.get_xlim() == reward_axes.get_xlim()
+
+
+def test_preferences_of_a_run_of_one_step_are_points(tmp_path):
+    workdir = write_run(tmp_path, [preferences(1)])
+    figure = preferences_figure(read_metrics(f"{workdir}/metrics.jsonl"), "a run")
+    for axes, label in zip(figure.axes[:2], ("accuracy", "margin"), strict=True):
+        (line,) = [line for line in axes.lines if line.get_label() == f"{label} of a step"]
+        assert line.get_marker() == "o"
+    assert plot_preferences(workdir) == f"{workdir}/plots/preferences.png"
+    plot_preferences(write_run(tmp_path, [{"step": 1}]))
+
+
 def test_smoothing_keeps_level_and_slope_and_takes_noise():
     np.testing.assert_array_equal(smooth(np.array([5.0, 1.0, 3.0])), [5.0, 1.0, 3.0])
     np.testing.assert_allclose(smooth(np.full(1000, 2.5)), 2.5)
@@ -169,6 +216,10 @@ def test_the_lengths_figure_marks_mean_quartiles_and_what_is_too_long():
         assert set(drawn[label][0]) == {length}
     assert axes.get_title(loc="left") == "examples: 10 · tokens: 3,000 · longest: 1,200"
     assert axes.get_xscale() == "log"
+    assert axes.get_xlabel() == "tokens of an example"
+    (axes,) = lengths_figure(lengths, 1000, "pair").axes
+    assert axes.get_title(loc="left") == "pairs: 10 · tokens: 3,000 · longest: 1,200"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("tokens of a pair", "pairs")
 
 
 def test_pictures_are_written_to_a_disk(tmp_path):
