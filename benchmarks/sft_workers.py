@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks.prepare import TULU2, tulu2_lengths
 from easylm.data.batches import Batch, BatchStream
 from easylm.data.encode import Examples
+from easylm.data.example_batches import example_stream
 from easylm.models.llama.config import LlamaConfig
 
 _58M = LlamaConfig(
@@ -55,16 +56,17 @@ class Run:
         from easylm.models.llama.model import init_params
         from easylm.sharding import make_mesh
         from easylm.trainers.build import build
-        from easylm.trainers.sft import sft_loss
+        from easylm.trainers.sft import sft_objective
         from easylm.trainers.step import init_state
 
         config = config_of(model, **options)
+        objective = sft_objective(config, ROWS)
         self._program = build(
             config,
             model=model,
             mesh=make_mesh(config.mesh),
-            loss_fn=loss_fn or sft_loss(loss_chunk=config.loss_chunk),
-            batch_rows=ROWS,
+            loss_fn=loss_fn or objective.loss_fn,
+            batch=objective.batch,
             total_steps=config.steps,
         )
         shardings = self._program.shardings
@@ -136,7 +138,7 @@ def random_examples(lengths: Sequence[int], model: LlamaConfig) -> Examples:
 
 def stream(examples: Examples, seq_len: int, *, packing: bool) -> BatchStream:
     """The batches of an epoch."""
-    return BatchStream(
+    return example_stream(
         examples, seq_len=seq_len, batch_rows=ROWS, seed=0, packing=packing, epochs=1
     )
 
@@ -227,11 +229,13 @@ def loss_of_all_logits(model, batch: Batch, rng):
 
     from easylm.losses import cross_entropy
     from easylm.trainers.sft import token_counts
+    from easylm.trainers.step import Metrics
 
     logits = model(batch["tokens"], batch["positions"], batch["segment_ids"])
     targets = batch["targets"][..., None]
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), targets, axis=-1)[..., 0]
-    return *cross_entropy(logprobs, batch["loss_weights"]), token_counts(batch)
+    metrics = Metrics(token_counts(batch), means={}, maxima={})
+    return *cross_entropy(logprobs, batch["loss_weights"]), metrics
 
 
 def timed(step: Callable[..., float], *arguments: object) -> dict:

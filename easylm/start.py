@@ -1,4 +1,4 @@
-"""What a run starts from: its weights, its tokenizer and the sizes of its model.
+"""What a run starts from: weights, tokenizer, sizes of the model, data, devices.
 
 Commands share it. jax loads with the weights, after everything that can be wrong with the data.
 """
@@ -7,9 +7,12 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from easylm import storage
 from easylm.chat import check_eos_newline, stop_tokens
 from easylm.command import say
+from easylm.data.pack import pack
 from easylm.data.prepare import Prepared, SourceRows, open_rows, prepare
 from easylm.errors import InputError
 from easylm.models.llama.config import LlamaConfig
@@ -173,3 +176,41 @@ def load_params(config: RunConfig, weights: "Weights | None", model, shardings, 
 
     make = jax.jit(lambda key: init_params(model, key, dtype), out_shardings=shardings)
     return make(jax.random.key(config.seed))
+
+
+def use_devices(config: RunConfig) -> None:
+    """Makes the virtual devices that the config asks for.
+
+    Raises:
+      InputError: this is one of several hosts.
+    """
+    import jax
+
+    # XLA_FLAGS is the older way to say it, and goes first.
+    if config.cpu_devices and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    if jax.process_count() > 1:
+        raise InputError(
+            f"found {jax.process_count()} hosts; wanted one: runs over several are not there yet"
+        )
+
+
+def batch_rows(config: RunConfig, lengths: np.ndarray, unit: str) -> int:
+    """Rows of a step; where packed, so many that a step sees batch_examples on average.
+
+    Args:
+      config: of the run.
+      lengths: int [examples], tokens of each.
+      unit: what an example is called, in the plural.
+    """
+    if config.batch_rows is not None:
+        return config.batch_rows
+    if not config.data.packing:
+        return config.batch_examples
+    rows = len(pack(lengths, config.data.seq_len, config.seed, epoch=0))
+    chosen = max(1, round(config.batch_examples * rows / len(lengths)))
+    say(
+        f"{config.batch_examples} {unit} fill {chosen} rows on average "
+        f"({len(lengths) / rows:.2f} a row)"
+    )
+    return chosen

@@ -16,10 +16,10 @@ import pathlib
 from collections.abc import Iterator
 
 FOLDERS = ("models", "trainers", "converters", "eval_bridge", "configs")
-SHARED = ("easylm.finish", "easylm.start")
+SHARED = ("easylm.finish", "easylm.run", "easylm.start")
 MAY_IMPORT = {
     "commands": {"shared", "trainers", "converters", "eval_bridge", "models", "core"},
-    "shared": {"trainers", "converters", "models", "core"},
+    "shared": {"shared", "trainers", "converters", "models", "core"},
     "configs": {"trainers", "models", "core", "configs"},
     "trainers": {"models", "core", "trainers"},
     "converters": {"models", "core", "converters"},

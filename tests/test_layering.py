@@ -56,17 +56,17 @@ VIOLATIONS = {
     ),
     "the core imports a command": (
         "imports_point_one_way",
-        {"easylm/core.py": "from easylm import run"},
-        "core imports easylm.run (commands)",
+        {"easylm/core.py": "from easylm import talk"},
+        "core imports easylm.talk (commands)",
     ),
     "a command imports another": (
         "imports_point_one_way",
-        {"easylm/other.py": "import easylm.run\nif __name__ == '__main__':\n    pass"},
-        "commands imports easylm.run (commands)",
+        {"easylm/other.py": "import easylm.talk\nif __name__ == '__main__':\n    pass"},
+        "commands imports easylm.talk (commands)",
     ),
     "a command imports a run's config": (
         "imports_point_one_way",
-        {"easylm/run.py": "from easylm import configs\nif __name__ == '__main__':\n    pass"},
+        {"easylm/talk.py": "from easylm import configs\nif __name__ == '__main__':\n    pass"},
         "commands imports easylm.configs (configs)",
     ),
     "a core module needs the tests": (
@@ -117,7 +117,7 @@ def test_each_rule_can_fail(tmp_path, rule, files, expected):
     sound = {
         "easylm/__init__.py": "",
         "easylm/core.py": "import numpy",
-        "easylm/run.py": "from easylm.trainers import sft\nif __name__ == '__main__':\n    pass",
+        "easylm/talk.py": "from easylm.trainers import sft\nif __name__ == '__main__':\n    pass",
         "models/__init__.py": "",
         "models/llama/__init__.py": "",
         "models/llama/model.py": "from easylm import core",

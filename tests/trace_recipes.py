@@ -21,7 +21,7 @@ from easylm.models.llama.presets import PRESETS
 from easylm.sharding import make_mesh, row_groups
 from easylm.trainers.build import build
 from easylm.trainers.config import SftConfig
-from easylm.trainers.sft import sft_loss
+from easylm.trainers.sft import sft_objective
 
 
 def traced(name, preset, devices, examples):
@@ -33,12 +33,13 @@ def traced(name, preset, devices, examples):
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     groups = row_groups(mesh) * config.micro_batches
     steps = examples * config.epochs // config.batch_examples
+    objective = sft_objective(config, groups)
     program = build(
         config,
         model=model,
         mesh=mesh,
-        loss_fn=sft_loss(loss_chunk=config.loss_chunk),
-        batch_rows=groups,
+        loss_fn=objective.loss_fn,
+        batch=objective.batch,
         total_steps=steps,
     )
     state, metrics = jax.eval_shape(program.step, program.state, program.batch)

@@ -31,7 +31,6 @@ from easylm.trainers.step import (
     Batch,
     LossFn,
     TrainState,
-    abstract_batch,
     jit_step,
     make_train_step,
     state_shardings,
@@ -76,7 +75,7 @@ def build(
     model: LlamaConfig,
     mesh: Mesh,
     loss_fn: LossFn,
-    batch_rows: int,
+    batch: Batch,
     total_steps: int,
 ) -> Program:
     """Builds the step of a run.
@@ -86,7 +85,7 @@ def build(
       model: sizes of the model.
       mesh: where it runs.
       loss_fn: the objective, see trainers/step.py.
-      batch_rows: rows of a batch as it lies on the mesh, empty rows included.
+      batch: of jax.ShapeDtypeStruct, rows as they lie on the mesh, empty ones included.
       total_steps: of the run; the learning rate depends on it.
     """
     execution = execution_on(
@@ -108,10 +107,7 @@ def build(
             graph, loss_fn, optimizer, micro_batches=config.micro_batches, seed=config.seed
         ),
         state=jax.tree.map(_placed, state, shardings),
-        batch=jax.tree.map(
-            lambda leaf: _placed(leaf, batch_sharding(mesh)),
-            abstract_batch(batch_rows, config.data.seq_len),
-        ),
+        batch=jax.tree.map(lambda leaf: _placed(leaf, batch_sharding(mesh)), batch),
         graph=graph,
         optimizer=optimizer,
         schedule=schedule,

@@ -1,6 +1,7 @@
 """The loss on examples that are not trained on."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import jax
@@ -16,20 +17,21 @@ def evaluator(
 ) -> Callable[[dict], dict[str, float]]:
     """A function from parameters to metrics, compiled at its first call.
 
-    The loss is the sum over all held-out batches divided once by the sum of their weights.
+    The loss is the sum over all held-out batches divided once by the sum of their weights, and so
+    are the means.
 
     Args:
       program: of the run.
       loss_fn: the objective; its rng is a constant here.
       batches: gives all held-out batches, on the mesh, at each call.
     Returns:
-      params -> {"eval/loss", "eval/target_tokens", "eval/seconds"}.
+      params -> {"eval/loss", "eval/target_tokens", "eval/seconds", and the objective's means and
+      maxima as "eval/..."}.
     """
 
     def sums(params, batch):
         model, rng = nnx.merge(program.graph, params), jax.random.key(0)
-        loss_sum, weight, counts = loss_fn(model, batch, rng)
-        return {"loss": loss_sum, "weight": weight, "target_tokens": counts["target_tokens"]}
+        return loss_fn(model, batch, rng)
 
     jitted = jax.jit(
         sums,
@@ -39,14 +41,18 @@ def evaluator(
 
     def evaluate(params: dict) -> dict[str, float]:
         started = time.perf_counter()
-        totals = {"loss": 0.0, "weight": 0.0, "target_tokens": 0.0}  # float64 on the host
+        loss = weight = targets = 0.0  # float64 on the host
+        means, maxima = Counter(), {}
         for batch in batches():
-            for name, value in jax.device_get(jitted(params, batch)).items():
-                totals[name] += float(value)
-        return {
-            "eval/loss": totals["loss"] / totals["weight"],
-            "eval/target_tokens": totals["target_tokens"],
-            "eval/seconds": time.perf_counter() - started,
-        }
+            batch_loss, batch_weight, metrics = jax.device_get(jitted(params, batch))
+            loss, weight = loss + float(batch_loss), weight + float(batch_weight)
+            targets += float(metrics.counts["target_tokens"])
+            means.update({name: float(value) for name, value in metrics.means.items()})
+            for name, value in metrics.maxima.items():
+                maxima[name] = max(maxima.get(name, 0.0), float(value))
+        values = {"loss": loss / weight, "target_tokens": targets, **maxima}
+        values |= {name: value / weight for name, value in means.items()}
+        values["seconds"] = time.perf_counter() - started
+        return {f"eval/{name}": value for name, value in values.items()}
 
     return evaluate

@@ -1,8 +1,9 @@
 """A run: model, objective and data brought together on the devices, from start or checkpoint."""
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 
 import jax
@@ -13,20 +14,21 @@ from easylm.checkpoint import Checkpointer, latest_step, read_bundle, read_state
 from easylm.command import say
 from easylm.compilation import use_compilation_cache
 from easylm.config import write_json
-from easylm.data.batches import BatchStream, prefetch
+from easylm.data.batches import BatchStream
 from easylm.errors import InputError
 from easylm.models.llama.config import LlamaConfig
 from easylm.preemption import stop_noticed
-from easylm.sharding import batch_sharding
 from easylm.track import open_trackers
 from easylm.trainers.build import Program, build
 from easylm.trainers.config import RunConfig
 from easylm.trainers.evaluate import evaluator
 from easylm.trainers.loop import train
+from easylm.trainers.objective import Objective
 from easylm.trainers.overview import overview
+from easylm.trainers.place import batches_on
 from easylm.trainers.report import Reporter
 from easylm.trainers.save import Saver
-from easylm.trainers.step import Batch, LossFn, TrainState, init_state
+from easylm.trainers.step import TrainState, init_state
 
 LoadParams = Callable[[dict, jnp.dtype], dict]  # (shardings, dtype) -> parameters on the mesh
 
@@ -36,9 +38,9 @@ def fit(
     *,
     model: LlamaConfig,
     mesh: Mesh,
+    objective: Objective,
     stream: BatchStream,
     eval_stream: BatchStream | None,
-    loss_fn: LossFn,
     load_params: LoadParams,
     export: Callable[[int, dict], None],
     bundle: dict,
@@ -50,9 +52,9 @@ def fit(
       config: the run's.
       model: sizes of the model.
       mesh: where it runs.
+      objective: what to train for.
       stream: the run's batches.
       eval_stream: batches that are not trained on, if any.
-      loss_fn: the objective, see trainers/step.py.
       load_params: makes the parameters to start from; not called where a checkpoint is found.
       export: (step, parameters) writes the model for others; does nothing if it is there already.
       bundle: what makes a checkpoint self-contained; see easylm/checkpoint.py. Its "data" says what
@@ -70,8 +72,8 @@ def fit(
         config,
         model=model,
         mesh=mesh,
-        loss_fn=loss_fn,
-        batch_rows=stream.rows_per_batch,
+        loss_fn=objective.loss_fn,
+        batch=objective.batch,
         total_steps=len(stream),
     )
     last_step = latest_step(workdir) or 0
@@ -88,27 +90,54 @@ def fit(
     if last_step >= len(stream):
         checkpointer.close()
         return state.params
+    with closing(checkpointer):
+        state = _train(
+            config, program, state, model, objective, stream, eval_stream, saver, workdir
+        )
+    return state.params
+
+
+def _train(
+    config: RunConfig,
+    program: Program,
+    state: TrainState,
+    model: LlamaConfig,
+    objective: Objective,
+    stream: BatchStream,
+    eval_stream: BatchStream | None,
+    saver: Saver,
+    workdir: str,
+) -> TrainState:
+    """Compiles the step, says what comes, and takes the steps that are left."""
+    last_step = int(state.step)
     step_fn = _compile(program)
     memory = step_fn.memory_analysis()
-    say(overview(config, model=model, mesh=mesh, stream=stream, memory=memory, last_step=last_step))
-    report = _reporter(config, workdir, model, program, stream, last_step)
-    with stop_noticed() as stopped, closing(checkpointer), closing(report):
-        state = train(
+    say(overview(config, model, program.mesh, objective, stream, memory, last_step))
+    reporter = _reporter(config, workdir, model, program, stream, last_step)
+
+    def report(step: int, metrics: dict[str, float], seconds: float) -> None:
+        reporter(step, metrics, seconds)
+        if step == 1:
+            objective.check_first(metrics)
+
+    def evaluate_at(step: int) -> bool:
+        return eval_stream is not None and (step % config.eval_every == 0 or step == len(stream))
+
+    held_out = functools.partial(batches_on, program.mesh, eval_stream)
+    with stop_noticed() as stopped, closing(reporter):
+        return train(
             state,
             step_fn,
-            _on_mesh(stream, mesh, last_step),
+            batches_on(program.mesh, stream, range(last_step, len(stream))),
             last_step=last_step,
             total_steps=len(stream),
             report=report,
             save_at=saver.due,
             save=saver.save,
-            evaluate_at=lambda step: (
-                eval_stream is not None and (step % config.eval_every == 0 or step == len(stream))
-            ),
-            evaluate=evaluator(program, loss_fn, lambda: _on_mesh(eval_stream, mesh)),
+            evaluate_at=evaluate_at,
+            evaluate=evaluator(program, objective.loss_fn, held_out),
             stopped=stopped,
         )
-    return state.params
 
 
 def _start(
@@ -166,22 +195,3 @@ def _check_same_data(stored: dict, bundle: dict, workdir: str) -> None:
             f"{workdir}: its checkpoints were trained on other data: found {found}; wanted "
             f"{wanted}. Give the files it started with, or use a new folder"
         )
-
-
-def _on_mesh(stream: BatchStream, mesh: Mesh, last_step: int = 0) -> Iterator[Batch]:
-    """The batches after `last_step` as global arrays; this process builds only its own rows."""
-    sharding = batch_sharding(mesh)
-    total = stream.rows_per_batch
-    places = sharding.addressable_devices_indices_map((total,)).values()
-    bounds = [rows.indices(total) for (rows,) in places]
-    first, last = min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds)
-
-    def place(rows):
-        def part(index):
-            start, stop, _ = index[0].indices(total)
-            return rows[start - first : stop - first]
-
-        return jax.make_array_from_callback((total, stream.seq_len), sharding, part)
-
-    for batch in prefetch(stream, last_step, slice(first, last)):
-        yield {name: place(rows) for name, rows in batch.items()}

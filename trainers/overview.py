@@ -14,19 +14,14 @@ from easylm.models.llama.config import LlamaConfig
 from easylm.models.llama.model import count_parameters
 from easylm.trainers.build import warmup_count
 from easylm.trainers.config import RunConfig
-
-_WEIGHTING = {
-    "token": "mean over the trained tokens of a step",
-    "example": "mean over the examples of a step, each the mean over its trained tokens",
-    "microbatch": "mean over groups of {} examples, each the mean over its trained tokens",
-}
+from easylm.trainers.objective import Objective
 
 
 def overview(
     config: RunConfig,
-    *,
     model: LlamaConfig,
     mesh: Mesh,
+    objective: Objective,
     stream: BatchStream,
     memory,
     last_step: int,
@@ -37,23 +32,25 @@ def overview(
       config: the run's.
       model: sizes of the model.
       mesh: where it runs.
+      objective: what is trained for.
       stream: the run's batches.
       memory: what the compiled step's memory_analysis() gives; None where it gives nothing.
       last_step: the step the run goes on from, 0 for a new one.
     """
     options, steps = config.optimizer, len(stream)
-    lengths = stream.lengths
+    lengths = stream.seen_lengths
     rate = f"{options.name}, {options.schedule}, peak {options.learning_rate:g} after "
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     rows = stream.rows_per_batch - stream.batch_rows
     lines = {
         "model": f"{count_parameters(model):,} parameters in {config.param_dtype}",
-        "data": f"{len(stream.examples):,} examples, seen {stream.epoch(steps):.3g} times: "
+        "data": f"{stream.num_examples:,} {objective.unit}, seen {stream.epoch(steps):.3g} times: "
         f"{lengths.sum():,} tokens",
         "steps": f"{steps:,} of {stream.batch_rows:,} rows of {stream.seq_len:,} tokens, "
         f"{stream.fill:.1%} filled",
-        "a step": f"{len(lengths) / steps:,.1f} examples, {lengths.sum() / steps:,.0f} tokens",
-        "loss": _WEIGHTING[config.loss_weighting].format(config.loss_group),
+        "a step": f"{len(lengths) / steps:,.1f} {objective.unit}, "
+        f"{lengths.sum() / steps:,.0f} tokens",
+        "loss": objective.description,
         "optimizer": f"{rate}{warmup_count(options, steps):,} steps of warm-up",
         "mesh": f"{axes}; {mesh.devices.flat[0].device_kind}"
         + (f"; {rows} empty rows a step to divide it" if rows else ""),

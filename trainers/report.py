@@ -87,7 +87,7 @@ class Reporter:
             "learning_rate": float(self._schedule(step - 1)),
             "grad_norm": metrics["grad_norm"],
             **counted,
-            **{name: value for name, value in metrics.items() if name.startswith("eval/")},
+            **{name: value for name, value in metrics.items() if "/" in name},
         }
 
     def close(self) -> None:

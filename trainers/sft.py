@@ -5,7 +5,25 @@ import jax.numpy as jnp
 
 from easylm.losses import cross_entropy_of_states
 from easylm.models.llama.model import Llama
-from easylm.trainers.step import Batch, LossFn
+from easylm.trainers.config import SftConfig
+from easylm.trainers.objective import Objective
+from easylm.trainers.step import Batch, LossFn, Metrics, abstract_batch
+
+_WEIGHTING = {
+    "token": "mean over the trained tokens of a step",
+    "example": "mean over the examples of a step, each the mean over its trained tokens",
+    "microbatch": "mean over groups of {} examples, each the mean over its trained tokens",
+}
+
+
+def sft_objective(config: SftConfig, rows: int) -> Objective:
+    """What supervised fine-tuning trains for, on batches of `rows` rows."""
+    return Objective(
+        loss_fn=sft_loss(loss_chunk=config.loss_chunk),
+        batch=abstract_batch(rows, config.data.seq_len),
+        unit="examples",
+        description=_WEIGHTING[config.loss_weighting].format(config.loss_group),
+    )
 
 
 def sft_loss(*, loss_chunk: int) -> LossFn:
@@ -14,7 +32,7 @@ def sft_loss(*, loss_chunk: int) -> LossFn:
     Args:
       loss_chunk: positions of a row whose logits exist at once.
     Returns:
-      loss_fn(model, batch, rng) -> (sum of -weight * log p(target), sum of weights, counts).
+      loss_fn(model, batch, rng) -> (sum of -weight * log p(target), sum of weights, metrics).
       The batch holds tokens, targets, loss_weights, segment_ids and positions, [batch, seq].
     """
 
@@ -24,7 +42,7 @@ def sft_loss(*, loss_chunk: int) -> LossFn:
         loss_sum = cross_entropy_of_states(
             hidden, model.head(), targets, weights, model.config.vocab_size, loss_chunk
         )
-        return loss_sum, jnp.sum(weights), token_counts(batch)
+        return loss_sum, jnp.sum(weights), Metrics(token_counts(batch), means={}, maxima={})
 
     return loss_fn
 

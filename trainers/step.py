@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,25 @@ from jax.sharding import Mesh
 
 from easylm.sharding import batch_sharding, replicated
 
-Batch = dict[str, jax.Array]  # [batch, seq] arrays; see easylm/data/batches.py
-# (model, batch, rng) -> (sum of losses, sum of weights, metrics that are sums too)
-LossFn = Callable[[nnx.Module, Batch, jax.Array], tuple[jax.Array, jax.Array, dict]]
+Batch = dict[str, jax.Array]  # rows first; see easylm/data/batches.py
+
+
+class Metrics(NamedTuple):
+    """What an objective says of a batch beside its loss: scalars by name.
+
+    Attributes:
+      counts: sums over the batch.
+      means: sums over the batch too, which are divided by the sum of weights as the loss is.
+      maxima: largest values in the batch, 0 or more.
+    """
+
+    counts: dict[str, jax.Array]
+    means: dict[str, jax.Array]
+    maxima: dict[str, jax.Array]
+
+
+# (model, batch, rng) -> (sum of losses, sum of weights, metrics)
+LossFn = Callable[[nnx.Module, Batch, jax.Array], tuple[jax.Array, jax.Array, Metrics]]
 
 
 @jax.tree_util.register_dataclass
@@ -46,7 +63,7 @@ def make_train_step(
     once by the global sum of weights.
 
     Returns:
-      step(state, batch) -> (state, {"loss", "grad_norm", "weight", and what loss_fn adds}).
+      step(state, batch) -> (state, {"loss", "grad_norm", "weight", and the loss's metrics}).
     """
 
     def sums(params, batch, rng):
@@ -58,7 +75,7 @@ def make_train_step(
         gradient_fn = jax.value_and_grad(sums, has_aux=True)
         if micro_batches > 1:
             rows = batch["tokens"].shape[0] // micro_batches
-            gradient_fn = optax.microbatching.microbatch(gradient_fn, 1, rows)
+            gradient_fn = optax.microbatching.microbatch(gradient_fn, 1, rows, _ACCUMULATORS)
         (loss_sum, (weight, metrics)), gradients = gradient_fn(state.params, batch, rng)
         gradients = jax.tree.map(lambda g: g / weight, gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -67,11 +84,24 @@ def make_train_step(
             "loss": loss_sum / weight,
             "grad_norm": optax.tree.norm(gradients),
             "weight": weight,
-            **metrics,
+            **metrics.counts,
+            **{name: value / weight for name, value in metrics.means.items()},
+            **metrics.maxima,
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
+
+
+_SUM = optax.microbatching.AccumulationType.SUM
+_MAXIMUM = optax.microbatching.Accumulator(
+    init=lambda value: jax.tree.map(jnp.zeros_like, value),
+    update=lambda largest, value, _: jax.tree.map(jnp.maximum, largest, value),
+    finalize=lambda largest: largest,
+    aggregate=lambda values: jax.tree.map(lambda x: jnp.max(x, axis=0), values),
+)
+# Of what the function of value and gradient gives: ((loss, (weight, metrics)), gradients).
+_ACCUMULATORS = ((_SUM, (_SUM, Metrics(_SUM, _SUM, _MAXIMUM))), _SUM)
 
 
 def state_shardings(

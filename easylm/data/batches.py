@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from easylm.data.encode import Examples
 from easylm.data.pack import Plan, one_per_row, pack
-from easylm.data.weights import token_weights
 
 Batch = dict[str, np.ndarray]
 
@@ -58,6 +57,10 @@ def build_rows(
     return batch
 
 
+# (example ids of each row, epoch of each row) -> the arrays of these rows
+LayOut = Callable[[Sequence[np.ndarray], Sequence[int]], Batch]
+
+
 class BatchStream:
     """The batches of a run, by step.
 
@@ -65,12 +68,13 @@ class BatchStream:
     another, so a batch may span two epochs. Empty rows fill up the last batch of a run.
 
     Args:
-        examples: encoded examples, none longer than `seq_len`.
+        segment_lengths: int `[examples, segments]`, tokens of what an example consists of; all of
+            it stays in one row, so the sum is at most `seq_len`.
+        lay_out: builds rows from the ids of their examples.
         seq_len: tokens of a row.
         batch_rows: rows of a batch.
         seed: with the epoch, decides order and packing.
         packing: whether examples share rows.
-        loss_weighting, loss_group: what a trained token weighs; see easylm/data/weights.py.
         epochs: how often every example is seen; or
         steps: how many batches there are.
         row_multiple: the arrays have the next multiple of it as rows, more than `batch_rows` where
@@ -79,39 +83,36 @@ class BatchStream:
 
     def __init__(
         self,
-        examples: Examples,
+        segment_lengths: np.ndarray,
+        lay_out: LayOut,
         *,
         seq_len: int,
         batch_rows: int,
         seed: int,
         packing: bool = False,
-        loss_weighting: str = "token",
-        loss_group: int = 32,
         epochs: int | None = None,
         steps: int | None = None,
         row_multiple: int = 1,
     ):
         if (epochs is None) == (steps is None):
             raise ValueError(f"epochs={epochs} and steps={steps}: wanted one of them")
-        self.examples = examples
+        self.num_examples = len(segment_lengths)
         self.seq_len = seq_len
         self.batch_rows = batch_rows
         self.rows_per_batch = -(-batch_rows // row_multiple) * row_multiple
+        self._segment_lengths, self._lay_out = segment_lengths, lay_out
+        lengths = segment_lengths.sum(axis=1)
         plans: list[Plan] = []
-        weights: list[np.ndarray] = []
         rows = 0
         while len(plans) < epochs if steps is None else rows < steps * batch_rows:
             epoch = len(plans)
             plans.append(
-                pack(examples.lengths, seq_len, seed, epoch)
+                pack(lengths, seq_len, seed, epoch)
                 if packing
-                else one_per_row(len(examples), seed, epoch)
+                else one_per_row(len(lengths), seed, epoch)
             )
             rows += len(plans[-1])
-            of_example = token_weights(examples, loss_weighting, loss_group, seed, epoch)
-            weights.append(of_example[plans[-1].ids])
         self._plan = Plan.concatenate(plans)
-        self._weights = np.concatenate(weights)
         self._epoch_ends = np.cumsum([len(plan) for plan in plans])
         self._steps = -(-rows // batch_rows) if steps is None else steps
 
@@ -133,23 +134,19 @@ class BatchStream:
         Returns:
             Arrays `[rows, seq_len]` as in `build_rows`.
         """
-        ids, weights = (
-            self._by_row(values, step)[rows] for values in (self._plan.ids, self._weights)
-        )
-        return build_rows(self.examples, ids, self.seq_len, weights)
+        first = step * self.batch_rows
+        numbers = np.arange(first, first + self.rows_per_batch)[rows]
+        epochs = np.searchsorted(self._epoch_ends, numbers, side="right")
+        return self._lay_out(self.plan_rows(step)[rows], epochs)
 
     def plan_rows(self, step: int) -> list[np.ndarray]:
         """The example ids of every row of batch `step`, from 0; empty for rows of padding."""
-        return self._by_row(self._plan.ids, step)
-
-    def _by_row(self, values: np.ndarray, step: int) -> list[np.ndarray]:
-        """The part of `values`, which are in the order of the plan, of each row of a batch."""
         if not 0 <= step < self._steps:
             raise IndexError(f"step {step} of {self._steps}")
         first = step * self.batch_rows
         starts = self._plan.starts[first : first + self.batch_rows + 1]
-        rows = [values[start:end] for start, end in itertools.pairwise(starts)]
-        return rows + [values[:0]] * (self.rows_per_batch - len(rows))
+        rows = [self._plan.ids[start:end] for start, end in itertools.pairwise(starts)]
+        return rows + [self._plan.ids[:0]] * (self.rows_per_batch - len(rows))
 
     def epoch(self, step: int) -> float:
         """Epochs seen after `step` batches; the fraction counts rows."""
@@ -161,30 +158,36 @@ class BatchStream:
         return epoch + float((row - start) / (self._epoch_ends[epoch] - start))
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of the examples that the run sees, as often as it sees them, in order."""
+    def seen_lengths(self) -> np.ndarray:
+        """Tokens of the segments of all examples that the run sees, as often as it sees them.
+
+        In the order of the run, `[seen, segments]`.
+        """
         rows = min(self._steps * self.batch_rows, len(self._plan))
-        return self.examples.lengths[self._plan.ids[: self._plan.starts[rows]]]
+        return self._segment_lengths[self._plan.ids[: self._plan.starts[rows]]]
 
     @property
     def fill(self) -> float:
         """The share of the run's row space that holds tokens and not padding."""
         rows = min(self._steps * self.batch_rows, len(self._plan))
-        return float(self.lengths.sum() / (rows * self.seq_len))
+        return float(self.seen_lengths.sum() / (rows * self.seq_len))
 
 
-def prefetch(stream: BatchStream, start: int = 0, rows: slice = slice(None)) -> Iterator[Batch]:
-    """Builds batches ahead of their use, in threads, in order, from `start` to the stream's end.
+def prefetch(
+    stream: BatchStream, steps: Sequence[int], rows: slice = slice(None)
+) -> Iterator[Batch]:
+    """Builds batches ahead of their use, in threads, in order.
 
     Args:
         stream: the run.
-        start: the first step.
+        steps: which ones, from 0.
         rows: which rows of each batch this process holds.
     """
     import grain  # imports jax, which checking data does without
 
-    steps = grain.MapDataset.range(start, len(stream))
-    batches = steps.map(lambda step: stream.batch(int(step), rows)).to_iter_dataset(
-        grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+    batches = (
+        grain.MapDataset.range(len(steps))
+        .map(lambda index: stream.batch(steps[int(index)], rows))
+        .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
     )
     return iter(batches)

@@ -84,6 +84,16 @@ def pack(lengths: np.ndarray, seq_len: int, seed: int, epoch: int) -> Plan:
     return Plan(ids, starts)
 
 
+def most_in_row(lengths: np.ndarray, seq_len: int) -> int:
+    """How many examples at most fit into a row, whatever the packing: the shortest ones.
+
+    Args:
+        lengths: int `[examples]`, tokens of each example, none above `seq_len`.
+        seq_len: tokens of a row.
+    """
+    return int(np.searchsorted(np.cumsum(np.sort(lengths)), seq_len, side="right"))
+
+
 def _best_fit(lengths: list[int], seq_len: int) -> np.ndarray:
     """The row of each length, int64 `[lengths]`.
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from easylm.data.batches import BatchStream, build_rows, prefetch
+from easylm.data.batches import build_rows, prefetch
 from easylm.data.encode import Examples
+from easylm.data.example_batches import example_stream
 
 
 def random_examples(count, longest, seed=0):
@@ -60,7 +61,7 @@ def check_weights(examples, batch):
 @pytest.mark.parametrize("packing", [False, True])
 def test_every_target_of_every_epoch_once(packing):
     examples = random_examples(60, 12)
-    stream = BatchStream(examples, seq_len=16, batch_rows=7, seed=5, packing=packing, epochs=3)
+    stream = example_stream(examples, seq_len=16, batch_rows=7, seed=5, packing=packing, epochs=3)
     tokens, targets = [], 0
     for step in range(len(stream)):
         batch = stream.batch(step)
@@ -75,9 +76,9 @@ def test_every_target_of_every_epoch_once(packing):
 def test_batches_are_slices_of_the_epochs_rows():
     examples = random_examples(50, 12)
     options = {"seq_len": 16, "seed": 5, "packing": True, "epochs": 3}
-    one = BatchStream(examples, batch_rows=1, **options)
+    one = example_stream(examples, batch_rows=1, **options)
     for rows in (3, 8):
-        stream = BatchStream(examples, batch_rows=rows, **options)
+        stream = example_stream(examples, batch_rows=rows, **options)
         assert len(stream) == -(-len(one) // rows)
         together = [row.tolist() for k in range(len(stream)) for row in stream.plan_rows(k)]
         assert together[: len(one)] == [one.plan_rows(k)[0].tolist() for k in range(len(one))]
@@ -87,17 +88,17 @@ def test_batches_are_slices_of_the_epochs_rows():
 def test_batch_is_a_function_of_the_step_alone():
     examples = random_examples(50, 12)
     options = {"seq_len": 16, "batch_rows": 4, "seed": 5, "packing": True}
-    stream = BatchStream(examples, epochs=4, **options)
+    stream = example_stream(examples, epochs=4, **options)
     backwards = {k: stream.batch(k) for k in reversed(range(len(stream)))}
     # More steps, or another machine, change no batch; neither does what came before it.
-    other = BatchStream(examples, steps=40, **options)
+    other = example_stream(examples, steps=40, **options)
     for step in range(len(stream) - 1):
         for name, array in other.batch(step).items():
             assert (array == backwards[step][name]).all()
 
 
 def test_processes_hold_slices_of_the_batch():
-    stream = BatchStream(random_examples(50, 12), seq_len=16, batch_rows=6, seed=0, epochs=1)
+    stream = example_stream(random_examples(50, 12), seq_len=16, batch_rows=6, seed=0, epochs=1)
     whole = stream.batch(2)
     for rows in (slice(0, 2), slice(2, 4), slice(4, 6)):
         for name, array in stream.batch(2, rows).items():
@@ -108,8 +109,8 @@ def test_row_multiple_adds_empty_rows_and_keeps_the_order():
     examples = random_examples(40, 12)
     options = {"seq_len": 16, "batch_rows": 6, "seed": 0, "steps": 5}
     plain, padded = (
-        BatchStream(examples, **options),
-        BatchStream(examples, **options, row_multiple=4),
+        example_stream(examples, **options),
+        example_stream(examples, **options, row_multiple=4),
     )
     assert (plain.rows_per_batch, padded.rows_per_batch) == (6, 8)
     for step in range(5):
@@ -119,40 +120,40 @@ def test_row_multiple_adds_empty_rows_and_keeps_the_order():
 
 
 def test_last_batch_of_a_run_is_filled_with_empty_rows():
-    stream = BatchStream(random_examples(10, 12), seq_len=12, batch_rows=4, seed=0, epochs=1)
+    stream = example_stream(random_examples(10, 12), seq_len=12, batch_rows=4, seed=0, epochs=1)
     assert len(stream) == 3
     last = stream.batch(2)
     assert last["segment_ids"].any(axis=1).tolist() == [True, True, False, False]
     assert last["loss_weights"][2:].sum() == 0
     # A run of a number of steps goes on into the next epoch instead.
-    longer = BatchStream(random_examples(10, 12), seq_len=12, batch_rows=4, seed=0, steps=3)
+    longer = example_stream(random_examples(10, 12), seq_len=12, batch_rows=4, seed=0, steps=3)
     assert longer.batch(2)["segment_ids"].any(axis=1).all()
     assert all(len(row) for row in longer.plan_rows(2))
 
 
 def test_epoch_and_fill():
     examples = random_examples(10, 12)
-    stream = BatchStream(examples, seq_len=12, batch_rows=4, seed=0, epochs=2)
+    stream = example_stream(examples, seq_len=12, batch_rows=4, seed=0, epochs=2)
     assert [stream.epoch(k) for k in range(6)] == [0, 0.4, 0.8, 1.2, 1.6, 2.0]
     assert stream.fill == pytest.approx(len(examples.tokens) / 120)
 
 
 def test_steps_out_of_range_and_both_lengths():
     examples = random_examples(10, 12)
-    stream = BatchStream(examples, seq_len=12, batch_rows=4, seed=0, epochs=1)
+    stream = example_stream(examples, seq_len=12, batch_rows=4, seed=0, epochs=1)
     for step in (-1, 3):
         with pytest.raises(IndexError, match=f"step {step} of 3"):
             stream.batch(step)
     for lengths in ({}, {"epochs": 1, "steps": 1}):
         with pytest.raises(ValueError, match="wanted one of them"):
-            BatchStream(examples, seq_len=12, batch_rows=4, seed=0, **lengths)
+            example_stream(examples, seq_len=12, batch_rows=4, seed=0, **lengths)
 
 
 def test_prefetch_gives_the_batches_in_order():
-    stream = BatchStream(
+    stream = example_stream(
         random_examples(80, 12), seq_len=16, batch_rows=4, seed=0, packing=True, epochs=2
     )
-    batches = list(prefetch(stream, start=3, rows=slice(1, 3)))
+    batches = list(prefetch(stream, range(3, len(stream)), rows=slice(1, 3)))
     assert len(batches) == len(stream) - 3
     for step, batch in enumerate(batches, 3):
         expected = stream.batch(step, slice(1, 3))

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from easylm.data.batches import BatchStream
 from easylm.data.encode import Examples
+from easylm.data.example_batches import example_stream
 from easylm.data.pack import shuffled
 from easylm.data.weights import target_counts, token_weights
 
@@ -45,7 +45,7 @@ def test_a_group_of_shuffled_examples_weighs_one(examples):
 
 def streams(examples, weighting):
     for packing, multiple in ((True, 1), (False, 1), (True, 8)):
-        yield BatchStream(
+        yield example_stream(
             examples,
             seq_len=32,
             batch_rows=4,
