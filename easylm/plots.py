@@ -186,7 +186,8 @@ def _draw_rewards(axes: Axes, columns: dict[str, np.ndarray], answer: str, color
 
 
 def _legend(axes: Axes, corner: str) -> None:
-    axes.legend(loc=corner, edgecolor="none", framealpha=0.85)
+    curves = axes.get_legend_handles_labels()  # none, if the run died at its first step
+    axes.legend(*curves, loc=corner, edgecolor="none", framealpha=0.85)
 
 
 def _over_steps(panels: dict[str, Axes], columns: dict[str, np.ndarray], title: str) -> None:
