@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from easylm import storage
 from easylm.data.plain import not_text, plain_row
-from easylm.data.rows import Problem, Values
+from easylm.data.turns import Problem, Values
 from easylm.errors import InputError
 
 if TYPE_CHECKING:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from easylm.chat import encode_conversations
-from easylm.data.sources import Row
+from easylm.data.rows import Row
+from easylm.data.turns import Conversation
 from easylm.errors import InputError
 
 if TYPE_CHECKING:
@@ -97,7 +98,9 @@ class Encoded(NamedTuple):
     """What became of some rows.
 
     Attributes:
-        examples: in the order of the rows.
+        examples: in the order of the rows; of a row, one or several.
+        lengths: int64 `[kept]`, tokens of what each row that is kept became.
+        columns: further arrays `[kept]`, by name.
         row_lengths: int32 `[rows]`, tokens of every row before any was cut or dropped.
         truncated: how many of them were cut to `seq_len`.
         dropped: rows left out, by reason.
@@ -106,6 +109,8 @@ class Encoded(NamedTuple):
     """
 
     examples: Examples
+    lengths: np.ndarray
+    columns: dict[str, np.ndarray]
     row_lengths: np.ndarray
     truncated: int
     dropped: Counter[str]
@@ -132,16 +137,14 @@ def encode_rows(
     dropped: Counter[str] = Counter()
     truncated = cut_tokens = unknown_tokens = 0
     unknown = unknown_ids(tokenizer)
-    for row, (tokens, mask) in zip(rows, _encode(tokenizer, rows, policy), strict=True):
-        _require_in_vocabulary(tokens, vocab_size, tokenizer, row.where)
+    named = ((row.messages, row.where) for row in rows)
+    found = encode_named(tokenizer, named, policy, vocab_size)
+    for row, (tokens, mask) in zip(rows, found, strict=True):
         lengths.append(len(tokens))
         unknown_tokens += int(np.isin(tokens, unknown).sum())
         long = len(tokens) > policy.seq_len
         if long and policy.too_long == "error":
-            raise InputError(
-                f"{row.where}: {len(tokens):,} tokens; wanted at most "
-                f"data.seq_len={policy.seq_len:,}. Raise it, or set data.too_long=truncate or drop"
-            )
+            raise too_long(row.where, f"{len(tokens):,} tokens", policy)
         if long and policy.too_long == "drop":
             dropped["too long"] += 1
             continue
@@ -153,8 +156,55 @@ def encode_rows(
         cut_tokens += lengths[-1] - len(tokens)
         encoded.append((tokens, mask))
     examples = Examples.concatenate(encoded)
-    row_lengths = np.array(lengths, np.int32)
-    return Encoded(examples, row_lengths, truncated, dropped, cut_tokens, unknown_tokens)
+    return Encoded(
+        examples,
+        examples.lengths,
+        {},
+        np.array(lengths, np.int32),
+        truncated,
+        dropped,
+        cut_tokens,
+        unknown_tokens,
+    )
+
+
+def encode_named(
+    tokenizer: PreTrainedTokenizerFast,
+    named: Iterable[tuple[Conversation, str]],
+    policy: Policy,
+    vocab_size: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Encodes conversations that have a place each: `(tokens, loss_mask)`, nothing cut.
+
+    Raises:
+        InputError: an id is not below `vocab_size`, or the chat template refuses a conversation;
+            the message begins with its place.
+    """
+    conversations, places = zip(*named, strict=True)
+    options = {"eos_newline": policy.eos_newline, "special_tokens": policy.special_tokens}
+    try:
+        encoded = encode_conversations(tokenizer, conversations, **options)
+    except InputError:
+        # Find the one, to name it.
+        for messages, where in zip(conversations, places, strict=True):
+            try:
+                encode_conversations(tokenizer, [messages], **options)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from error
+        raise
+    for (tokens, mask), where in zip(encoded, places, strict=True):
+        largest = int(tokens.max(initial=0))
+        if largest >= vocab_size:
+            raise outside_vocabulary(largest, vocab_size, tokenizer, where)
+        yield tokens, mask
+
+
+def too_long(where: str, found: str, policy: Policy) -> InputError:
+    """The error for what does not fit into a row, where nothing may be cut."""
+    return InputError(
+        f"{where}: {found}; wanted at most data.seq_len={policy.seq_len:,}. Raise it, or set "
+        "data.too_long=truncate or drop"
+    )
 
 
 def unknown_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -171,26 +221,6 @@ def unknown_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
         if name in named and name not in template and named[name] not in template
     }
     return sorted(tokenizer.convert_tokens_to_ids(list(tokens - meant)))
-
-
-def _encode(tokenizer, rows: Sequence[Row], policy: Policy) -> list[tuple[np.ndarray, np.ndarray]]:
-    options = {"eos_newline": policy.eos_newline, "special_tokens": policy.special_tokens}
-    try:
-        return encode_conversations(tokenizer, [row.messages for row in rows], **options)
-    except InputError:
-        # Find the row, to name it.
-        for row in rows:
-            try:
-                encode_conversations(tokenizer, [row.messages], **options)
-            except InputError as error:
-                raise InputError(f"{row.where}: {error}") from error
-        raise
-
-
-def _require_in_vocabulary(tokens: np.ndarray, vocab_size: int, tokenizer, where: str) -> None:
-    largest = int(tokens.max(initial=0))
-    if largest >= vocab_size:
-        raise outside_vocabulary(largest, vocab_size, tokenizer, where)
 
 
 def outside_vocabulary(token: int, vocab_size: int, tokenizer, where: str) -> InputError:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from easylm import storage
-from easylm.data.rows import Problem, Values
+from easylm.data.turns import Problem, Values
 from easylm.errors import InputError
 
 _WANTED = "wanted JSON Lines or a JSON array in UTF-8, plain or .gz, or a parquet file"

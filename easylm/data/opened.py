@@ -11,9 +11,9 @@ from easylm import storage
 from easylm.data.arrow_rows import read_arrow, read_parquet
 from easylm.data.hub import SAVED, hub_files, is_file_name, is_hub_name, saved_files
 from easylm.data.json_rows import read_json
-from easylm.data.rows import Values
 from easylm.data.splits import split_off
 from easylm.data.tfds_rows import DESCRIPTION, find_builder, read_tfds, tfds_files
+from easylm.data.turns import Values
 from easylm.errors import InputError
 
 _WANTED = (

@@ -10,21 +10,23 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from easylm import storage
-from easylm.data.encode import Encoded, Policy, encode_rows
-from easylm.data.sources import Row
+from easylm.data.encode import Encoded
 from easylm.errors import InputError
 from easylm.tokenizer import load_tokenizer_files, tokenizer_files, tokenizer_files_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+# Of a tokenizer and rows; it must be one that a process can be sent.
+Encode = Callable[[Any, Sequence[Any]], Encoded]
 
 # Rows that a process takes at once: about half a second of work, so that Ctrl-C is answered soon
 # and the last process is not waited for long. The result does not depend on it.
@@ -36,9 +38,8 @@ _CHARACTERS_PER_PROCESS = 8_000_000
 
 def encode_in_parts(
     tokenizer: PreTrainedTokenizerFast,
-    rows: Sequence[Row],
-    policy: Policy,
-    vocab_size: int,
+    rows: Sequence[Any],
+    encode: Encode,
     *,
     processes: int | None = None,
     progress: bool = True,
@@ -47,24 +48,23 @@ def encode_in_parts(
 
     Args:
         tokenizer: with the chat template to train on.
-        rows: valid conversations.
-        policy: what is done with them.
-        vocab_size: the number of ids the model has.
+        rows: valid ones; `messages` are the texts of one.
+        encode: what is done with them, such as `encode_rows` with its policy.
         processes: how many encode; 1: this one does. None: one per core, fewer where there is
             little to do.
         progress: whether to show a progress bar on stderr.
 
     Raises:
-        InputError: as `encode_rows`, for the first row that is wrong.
+        InputError: as `encode`, for the first row that is wrong.
     """
     if processes is None:
         characters = sum(len(turn["content"]) for row in rows for turn in row.messages)
         processes = min(_cores(), 1 + characters // _CHARACTERS_PER_PROCESS)
     parts = list(_parts(rows))
     if processes == 1:
-        encoded = (encode_rows(tokenizer, part, policy, vocab_size) for part in parts)
+        encoded = (encode(tokenizer, part) for part in parts)
     else:
-        encoded = _by_processes(tokenizer, parts, policy, vocab_size, processes)
+        encoded = _by_processes(tokenizer, parts, encode, processes)
     with (
         contextlib.closing(encoded),
         tqdm(total=len(rows), desc="encode", unit=" rows", disable=not progress) as bar,
@@ -79,7 +79,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _parts(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+def _parts(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
     start = characters = 0
     for end, row in enumerate(rows):
         if end - start == _ROWS or characters > _CHARACTERS:
@@ -92,9 +92,8 @@ def _parts(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
 
 def _by_processes(
     tokenizer: PreTrainedTokenizerFast,
-    parts: Sequence[Sequence[Row]],
-    policy: Policy,
-    vocab_size: int,
+    parts: Sequence[Sequence[Any]],
+    encode: Encode,
     processes: int,
 ) -> Iterator[Encoded]:
     with tempfile.TemporaryDirectory() as folder:
@@ -106,7 +105,7 @@ def _by_processes(
             # A fork would copy the threads' locks of this process but not the threads.
             multiprocessing.get_context("spawn"),
             initializer=_start_worker,
-            initargs=(folder, policy, vocab_size),
+            initargs=(folder, encode),
         )
         try:
             waiting: deque[Future[Encoded]] = deque()
@@ -126,7 +125,7 @@ def _by_processes(
             pool.shutdown(cancel_futures=True)
 
 
-def _submit(pool: ProcessPoolExecutor, part: Sequence[Row]) -> Future[Encoded]:
+def _submit(pool: ProcessPoolExecutor, part: Sequence[Any]) -> Future[Encoded]:
     """Hands a part to the pool, which may start a process for it.
 
     Ctrl-C reaches every process of a terminal. Those started here inherit that they do not hear it:
@@ -139,13 +138,13 @@ def _submit(pool: ProcessPoolExecutor, part: Sequence[Row]) -> Future[Encoded]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(folder: str, policy: Policy, vocab_size: int) -> None:
+def _start_worker(folder: str, encode: Encode) -> None:
     """Runs once in each process: loads the tokenizer, and sees to it that none is left behind."""
     global _work
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # The processes share the cores; threads of the tokenizer would only get in their way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _work = (load_tokenizer_files(tokenizer_files_in(folder)), policy, vocab_size)
+    _work = (load_tokenizer_files(tokenizer_files_in(folder)), encode)
 
 
 def _end_with_parent() -> None:
@@ -153,9 +152,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-_work: tuple[PreTrainedTokenizerFast, Policy, int]
+_work: tuple[PreTrainedTokenizerFast, Encode]
 
 
-def _run(part: Sequence[Row]) -> Encoded:
-    tokenizer, policy, vocab_size = _work
-    return encode_rows(tokenizer, part, policy, vocab_size)
+def _run(part: Sequence[Any]) -> Encoded:
+    tokenizer, encode = _work
+    return encode(tokenizer, part)

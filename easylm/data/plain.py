@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from easylm.data.rows import Problem
+from easylm.data.turns import Problem
 
 
 def plain_row(row: dict[str, Any]) -> tuple[dict[str, Any] | None, Problem | None]:

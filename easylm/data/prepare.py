@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-import textwrap
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from easylm.data import store
-from easylm.data.encode import Examples, Policy, outside_vocabulary, unknown_ids
+from easylm.data.encode import (
+    Encoded,
+    Examples,
+    Policy,
+    encode_rows,
+    outside_vocabulary,
+    unknown_ids,
+)
+from easylm.data.manifest import Manifest, PairManifest
+from easylm.data.pairs import PairPolicy, Pairs, encode_pairs
 from easylm.data.parallel import encode_in_parts
+from easylm.data.rows import CONVERSATIONS, Form
 from easylm.data.sources import Rows, Source, digest, parse_sources, read_rows
 from easylm.errors import InputError
 from easylm.tokenizer import tokenizer_files
@@ -34,16 +44,18 @@ class SourceRows:
     Attributes:
         field: of the config that names the sources, for messages.
         digests: each source with the SHA-256 of its content.
-        key: names the rows: contents, amounts, `on_bad_row`, and the seed where it chooses rows.
+        key: names the rows: form, contents, amounts, `on_bad_row`, and the seed where it chooses
+            rows.
     """
 
-    def __init__(self, sources: str, on_bad_row: str, seed: int, field: str):
+    def __init__(self, sources: str, on_bad_row: str, seed: int, field: str, form: Form):
         self._sources, self.on_bad_row, self.seed = sources, on_bad_row, seed
-        self.field = field
+        self._form, self.field = form, field
         self.digests = self._digests()
         self.key = store.content_key(
             {
                 "version": _VERSION,
+                "form": form.name,
                 "sources": [[sha256, source.amount] for source, sha256 in self.digests],
                 "on_bad_row": on_bad_row,
                 "seed": seed
@@ -60,7 +72,7 @@ class SourceRows:
             InputError: as `easylm.data.sources.read_rows`, or a source changes meanwhile.
         """
         if self._rows is None:
-            rows = read_rows(self._sources, self.on_bad_row, self.seed, self.field)
+            rows = read_rows(self._sources, self.on_bad_row, self.seed, self.field, self._form)
             # What is kept under the key must be what the key was made of.
             if self._digests() != self.digests:
                 raise InputError(
@@ -79,7 +91,13 @@ class SourceRows:
 
 
 def open_rows(
-    sources: str, *, on_bad_row: str, seed: int, cache: str, field: str = "data.sources"
+    sources: str,
+    *,
+    on_bad_row: str,
+    seed: int,
+    cache: str,
+    field: str = "data.sources",
+    form: Form = CONVERSATIONS,
 ) -> SourceRows:
     """Looks up rows by content, and reads and checks them where they were never prepared.
 
@@ -89,123 +107,15 @@ def open_rows(
         seed: chooses the rows where a source gives an amount.
         cache: the folder of prepared data, local or gs://.
         field: of the config that names the sources, for messages.
+        form: what the rows are, such as `easylm.data.pair_rows.PAIRS`.
 
     Raises:
         InputError: as `SourceRows.read`.
     """
-    rows = SourceRows(sources, on_bad_row, seed, field)
+    rows = SourceRows(sources, on_bad_row, seed, field, form)
     if not store.holds_any(cache, rows.key):
         rows.read()
     return rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What was prepared, from what, and what became of every row.
-
-    Attributes:
-        sources: for each source its `path` and `amount`, the `sha256` of its content, and what
-            `easylm.data.sources.Found` says of it.
-        rows: valid rows.
-        kept: examples made of them.
-        truncated: examples among `kept` cut to `seq_len`.
-        dropped: rows left out while encoding, by reason.
-        cut_tokens, dropped_tokens: tokens that truncated examples, and rows left out, have lost.
-        unknown_tokens: tokens, before any is lost, that stand for text the tokenizer does not know.
-        tokens: tokens of the examples.
-        target_tokens: those the model is trained to produce. The first token of an example is
-            never one: nothing comes before it.
-        length_mean: mean tokens of an example; the other lengths are quartiles and extremes.
-        row_length_mean: the same of all rows before any is cut or left out.
-        largest_token: the largest id.
-        tokenizer, chat_template: SHA-256 of the tokenizer's files, and of the template alone.
-        on_bad_row, seed, seq_len, too_long, eos_newline, special_tokens: the options; the seed
-            decides nothing but which rows are taken where a source gives an amount.
-    """
-
-    sources: list[dict[str, Any]]
-    rows: int
-    kept: int
-    truncated: int
-    dropped: dict[str, int]
-    cut_tokens: int
-    dropped_tokens: int
-    unknown_tokens: int
-    tokens: int
-    target_tokens: int
-    length_mean: float
-    length_min: int
-    length_q25: int
-    length_median: int
-    length_q75: int
-    length_max: int
-    row_length_mean: float
-    row_length_min: int
-    row_length_q25: int
-    row_length_median: int
-    row_length_q75: int
-    row_length_max: int
-    largest_token: int
-    tokenizer: str
-    chat_template: str
-    on_bad_row: str
-    seed: int
-    seq_len: int
-    too_long: str
-    eos_newline: str
-    special_tokens: str
-
-    def __str__(self) -> str:
-        lines = [line for entry in self.sources for line in _describe(entry)]
-        dropped = "".join(f", {count:,} dropped ({why})" for why, count in self.dropped.items())
-        lines += _wrapped(
-            f"{_rows(self.rows)}: {self.kept:,} examples, {self.truncated:,} of them truncated"
-            f"{dropped}; {self.tokens:,} tokens, {self.target_tokens:,} trained"
-        )
-        total = self.tokens + self.cut_tokens + self.dropped_tokens
-        if total > self.tokens:
-            lines += _wrapped(
-                f"tokens of a row before cutting: mean {self.row_length_mean:,.0f}, quartiles "
-                f"{self.row_length_q25:,} {self.row_length_median:,} {self.row_length_q75:,}, "
-                f"max {self.row_length_max:,}"
-            )
-            lines += _wrapped(
-                f"{self.cut_tokens:,} tokens ({self.cut_tokens / total:.1%}) lost to truncation, "
-                f"{self.dropped_tokens:,} ({self.dropped_tokens / total:.1%}) in dropped rows"
-            )
-        if self.unknown_tokens:
-            lines += _wrapped(
-                f"{self.unknown_tokens:,} tokens ({self.unknown_tokens / total:.2%}) stand for "
-                "text that the tokenizer does not know"
-            )
-        lines += _wrapped(
-            f"tokens of an example: mean {self.length_mean:,.0f}, quartiles {self.length_q25:,} "
-            f"{self.length_median:,} {self.length_q75:,}, max {self.length_max:,}"
-        )
-        return "\n".join(lines)
-
-
-def _describe(entry: dict[str, Any]) -> list[str]:
-    """What became of the rows of a source, in lines."""
-    lines = [f"{_rows(entry['taken'])} of {Source(entry['path'], entry['amount'])}"]
-    lines += [
-        f"  {_rows(count)} skipped: {reason}, the first is {entry['path']}:{entry['first'][reason]}"
-        for reason, count in entry["skipped"].items()
-    ]
-    unused = [f"{name} ({_rows(count)})" for name, count in entry["unused"].items()]
-    if unused:
-        lines += _wrapped(f"  fields not used: {', '.join(unused)}")
-    return lines
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row{'s' * (count != 1)}"
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(
-        text, 80, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
-    )
 
 
 @dataclass(frozen=True)
@@ -223,6 +133,17 @@ class Prepared:
     examples: Examples
     row_lengths: np.ndarray
     manifest: Manifest
+    folder: str
+    reused: bool
+
+
+@dataclass(frozen=True)
+class PreparedPairs:
+    """The same of pairs; the lengths are of both sequences together."""
+
+    pairs: Pairs
+    row_lengths: np.ndarray
+    manifest: PairManifest
     folder: str
     reused: bool
 
@@ -256,43 +177,100 @@ def prepare(
             left.
     """
     policy = Policy(seq_len, too_long, eos_newline, special_tokens)
+    encoding = _Encoding(policy, encode_rows, Manifest, vocab_size, processes, progress)
+    stored, manifest, arrays = _open_or_encode(rows, tokenizer, cache, encoding)
+    row_lengths = arrays.pop("row_lengths")
+    examples = Examples(**arrays, known_fingerprint=stored.fingerprint)
+    return Prepared(examples, row_lengths, manifest, stored.folder, stored.reused)
+
+
+def prepare_pairs(
+    rows: SourceRows,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    cache: str,
+    seq_len: int,
+    vocab_size: int,
+    too_long: str,
+    keep_prompt: str,
+    scored_turns: str,
+    eos_newline: str,
+    special_tokens: str,
+    processes: int | None,
+    progress: bool = True,
+) -> PreparedPairs:
+    """The same for rows of the form `easylm.data.pair_rows.PAIRS`.
+
+    Args:
+        rows, tokenizer, cache, vocab_size, processes, progress: as in `prepare`.
+        seq_len, too_long, keep_prompt, scored_turns, eos_newline, special_tokens: as in
+            `easylm.data.pairs.PairPolicy`.
+
+    Raises:
+        InputError: as `SourceRows.read` and `easylm.data.pairs.encode_pairs`, or no pair is left.
+    """
+    policy = PairPolicy(seq_len, too_long, eos_newline, special_tokens, keep_prompt, scored_turns)
+    encoding = _Encoding(policy, encode_pairs, PairManifest, vocab_size, processes, progress)
+    stored, manifest, arrays = _open_or_encode(rows, tokenizer, cache, encoding)
+    row_lengths, ids, margins = (arrays.pop(name) for name in ("row_lengths", "ids", "margins"))
+    pairs = Pairs(Examples(**arrays), ids, margins, known_fingerprint=stored.fingerprint)
+    return PreparedPairs(pairs, row_lengths, manifest, stored.folder, stored.reused)
+
+
+class _Encoding(NamedTuple):
+    """How rows are encoded, and what is said of the result."""
+
+    policy: Policy
+    encode: Callable[[Any, Sequence[Any], Any, int], Encoded]
+    manifest: type[Manifest]
+    vocab_size: int
+    processes: int | None
+    progress: bool
+
+    def in_parts(self, tokenizer, rows: Sequence[Any]) -> Iterator[Encoded]:
+        """What becomes of rows, a part at a time."""
+        return encode_in_parts(
+            tokenizer,
+            rows,
+            functools.partial(self.encode, policy=self.policy, vocab_size=self.vocab_size),
+            processes=self.processes,
+            progress=self.progress,
+        )
+
+
+def _open_or_encode(
+    rows: SourceRows, tokenizer, cache: str, encoding: _Encoding
+) -> tuple[store.Stored, Manifest, dict[str, np.ndarray]]:
+    """The arrays and what is said about them, made where they are not there."""
     hashes = _tokenizer_hashes(tokenizer)
+    options = dataclasses.asdict(encoding.policy)
 
     def fill(writer: store.ArrayWriter) -> Mapping[str, Any]:
-        parts = encode_in_parts(
-            tokenizer,
-            rows.read().rows,
-            policy,
-            vocab_size,
-            processes=processes,
-            progress=progress,
-        )
-        counts = _write_examples(writer, parts, rows, seq_len, tokenizer)
+        parts = encoding.in_parts(tokenizer, rows.read().rows)
+        counts = _write(writer, parts, rows, encoding, tokenizer)
         return dataclasses.asdict(
-            Manifest(
+            encoding.manifest(
                 sources=_describe_sources(rows),
                 on_bad_row=rows.on_bad_row,
                 seed=rows.seed,
                 **counts,
                 **hashes,
-                **dataclasses.asdict(policy),
+                **options,
             )
         )
 
-    name = f"{rows.key}/{store.content_key({**hashes, **dataclasses.asdict(policy)})}"
-    stored = store.open_or_make(cache, name, fill, progress)
+    name = f"{rows.key}/{store.content_key({**hashes, **options})}"
+    stored = store.open_or_make(cache, name, fill, encoding.progress)
     rows.forget()
-    manifest = Manifest(**stored.manifest)
+    manifest = encoding.manifest(**stored.manifest)
     # Another run may have called the same content something else.
     for entry, (source, _) in zip(manifest.sources, rows.digests, strict=True):
         entry["path"] = source.path
-    if manifest.largest_token >= vocab_size:
+    if manifest.largest_token >= encoding.vocab_size:
         where = f"{rows.field}: {', '.join(str(source) for source, _ in rows.digests)}"
-        raise outside_vocabulary(manifest.largest_token, vocab_size, tokenizer, where)
-    arrays = dict(stored.arrays)
-    row_lengths = arrays.pop("row_lengths")
-    examples = Examples(**arrays, known_fingerprint=stored.fingerprint)
-    return Prepared(examples, row_lengths, manifest, stored.folder, stored.reused)
+        largest = manifest.largest_token
+        raise outside_vocabulary(largest, encoding.vocab_size, tokenizer, where)
+    return stored, manifest, dict(stored.arrays)
 
 
 def _tokenizer_hashes(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
@@ -313,21 +291,28 @@ def _describe_sources(rows: SourceRows) -> list[dict[str, Any]]:
     ]
 
 
-def _write_examples(
-    writer: store.ArrayWriter, parts, rows: SourceRows, seq_len: int, tokenizer
+def _write(
+    writer: store.ArrayWriter,
+    parts: Iterable[Encoded],
+    rows: SourceRows,
+    encoding: _Encoding,
+    tokenizer,
 ) -> dict[str, Any]:
-    """Writes the arrays of a `Prepared`; returns the counts of a `Manifest`."""
+    """Writes the arrays of what was encoded; returns the counts of a `Manifest`."""
     count = len(rows.read().rows)
-    row_lengths = []
-    lengths = []
+    example_lengths, lengths, row_lengths = [], [], []
     dropped: Counter[str] = Counter()
     truncated = cut_tokens = unknown = target_tokens = largest = 0
     for part in parts:
         examples = part.examples
         writer.append(
-            tokens=examples.tokens, loss_mask=examples.loss_mask, row_lengths=part.row_lengths
+            tokens=examples.tokens,
+            loss_mask=examples.loss_mask,
+            row_lengths=part.row_lengths,
+            **part.columns,
         )
-        lengths.append(examples.lengths)
+        example_lengths.append(examples.lengths)
+        lengths.append(part.lengths)
         row_lengths.append(part.row_lengths)
         dropped += part.dropped
         truncated += part.truncated
@@ -342,11 +327,12 @@ def _write_examples(
         raise _knows_too_little(unknown, total, tokenizer, rows.field)
     if not len(of_all):
         raise InputError(
-            f"{rows.field}: no example is left of {count:,} rows at data.seq_len={seq_len:,}; "
-            "wanted at least one. Dropped: "
+            f"{rows.field}: no {encoding.manifest.one.split()[1]} is left of {count:,} rows at "
+            f"data.seq_len={encoding.policy.seq_len:,}; wanted at least one. Dropped: "
             + ", ".join(f"{dropped[why]:,} {why}" for why in dropped)
         )
-    writer.append(offsets=np.concatenate([[0], np.cumsum(of_all)]).astype(np.int64))
+    ends = np.cumsum(np.concatenate(example_lengths))
+    writer.append(offsets=np.concatenate([[0], ends]).astype(np.int64))
     return {
         "rows": count,
         "kept": len(of_all),

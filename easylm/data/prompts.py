@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, NamedTuple
 
-from easylm.data.rows import CALLS, Conversation, Problem, normal_form
+from easylm.data.rows import normal_form
 from easylm.data.sources import read_values
+from easylm.data.turns import CALLS, Conversation, Problem
 from easylm.errors import InputError
 
 # What a row gets when it is answered.

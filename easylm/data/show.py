@@ -1,4 +1,4 @@
-"""An encoded example as a person reads it."""
+"""An encoded example, or a pair, as a person reads it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from easylm.data.pairs import Pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,3 +42,19 @@ def format_example(
             shown.append(opening if trained else closing)
         shown.append(f"{_UNDERLINED}{piece}{_NOT_UNDERLINED}" if special[start] else piece)
     return "".join(shown) + (closing if trained else "")
+
+
+def format_pair(tokenizer: PreTrainedTokenizerFast, pairs: Pairs, index: int, color: bool) -> str:
+    """The texts of both sequences of a pair with the scored parts marked, as in `format_example`.
+
+    Args:
+        tokenizer: that encoded them.
+        pairs: encoded pairs.
+        index: of the pair.
+        color: for a terminal.
+    """
+    lines = []
+    for name, number in (("chosen", 2 * index), ("rejected", 2 * index + 1)):
+        example = pairs.sequences.example(number)
+        lines += [f"{name}:", format_example(tokenizer, *example, color=color)]
+    return "\n".join(lines)

@@ -6,13 +6,14 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
 from easylm.data.digest import digest_files
 from easylm.data.opened import open_path
-from easylm.data.rows import Conversation, Problem, Values, normal_form, unused_fields
+from easylm.data.rows import CONVERSATIONS, Form
+from easylm.data.turns import Problem, Values
 from easylm.errors import InputError
 
 _SHOWN_PROBLEMS = 10
@@ -27,13 +28,6 @@ class Source:
 
     def __str__(self) -> str:
         return self.path if self.amount is None else f"{self.path}@{self.amount}"
-
-
-class Row(NamedTuple):
-    """A valid conversation and its place, `file:line` or `path:row N`."""
-
-    messages: Conversation
-    where: str
 
 
 @dataclass(frozen=True)
@@ -58,11 +52,11 @@ class Rows:
     """The valid rows of some sources, in order.
 
     Attributes:
-        rows: what was read.
+        rows: what was read, of the form asked for.
         found: what became of the rows of each source.
     """
 
-    rows: list[Row]
+    rows: list[Any]
     found: list[Found]
 
     @property
@@ -109,7 +103,11 @@ def parse_sources(sources: str, field: str = "data.sources") -> list[Source]:
 
 
 def read_rows(
-    sources: str, on_bad_row: str = "refuse", seed: int = 0, field: str = "data.sources"
+    sources: str,
+    on_bad_row: str = "refuse",
+    seed: int = 0,
+    field: str = "data.sources",
+    form: Form = CONVERSATIONS,
 ) -> Rows:
     """Reads and checks every row of every source.
 
@@ -120,6 +118,7 @@ def read_rows(
         seed: chooses the rows where a source gives a count or fraction of them. Each source has
             its own random numbers, so adding one does not change the choice in another.
         field: of the config, for messages.
+        form: what the rows are.
 
     Raises:
         InputError: a source is missing, unreadable or without rows, rows are bad (with the first
@@ -131,7 +130,7 @@ def read_rows(
     parsed = parse_sources(sources, field)
     # All of them are found before the first is read.
     opened = [open_path(source.path) for source in parsed]
-    read = [_read(found.values, source) for source, found in zip(parsed, opened, strict=True)]
+    read = [_read(found.values, source, form) for source, found in zip(parsed, opened, strict=True)]
     for source, (rows, bad, _) in zip(parsed, read, strict=True):
         if not rows and not bad.rows:
             raise InputError(f"{field}: no rows in {source.path}; wanted at least one")
@@ -195,16 +194,16 @@ class _BadRows:
         return "\n".join(lines)
 
 
-def _read(values: Values, source: Source) -> tuple[list[Row], _BadRows, dict[str, int]]:
+def _read(values: Values, source: Source, form: Form) -> tuple[list[Any], _BadRows, dict[str, int]]:
     """The good rows of a source, the bad ones, and how many good ones have which unused field."""
     valid, bad, unused = [], _BadRows(), Counter()
     for where, value, broken in values:
-        messages, problems = ([], [broken]) if broken else normal_form(value)
+        row, problems = (None, [broken]) if broken else form.read(value, where)
         if problems:
             bad.add(where, problems, source.path)
         else:
-            valid.append(Row(messages, where))
-            unused.update(unused_fields(value))
+            valid.append(row)
+            unused.update(form.unused_fields(value))
     return valid, bad, dict(sorted(unused.items()))
 
 
@@ -235,7 +234,7 @@ def digest(source: Source) -> str:
     return digest_files(open_path(source.path).files)
 
 
-def _take(rows: list[Row], source: Source, rng: np.random.Generator, field: str) -> list[Row]:
+def _take(rows: list[Any], source: Source, rng: np.random.Generator, field: str) -> list[Any]:
     """Chooses the amount of rows that the source asks for, in file order."""
     if source.amount is None:
         return rows

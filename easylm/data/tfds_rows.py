@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from easylm import storage
 from easylm.data.plain import plain_row
-from easylm.data.rows import Problem, Values
 from easylm.data.splits import choose_split
+from easylm.data.turns import Problem, Values
 from easylm.errors import InputError
 
 if TYPE_CHECKING:

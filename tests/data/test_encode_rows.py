@@ -5,7 +5,7 @@ import pytest
 
 from easylm.chat import encode_messages
 from easylm.data.encode import Examples, Policy, encode_rows
-from easylm.data.sources import Row
+from easylm.data.rows import Row
 from easylm.errors import InputError
 from easylm.tokenizer import load_tokenizer, train_tokenizer
 
@@ -35,7 +35,11 @@ def random_rows(count):
 
 
 def encode(tokenizer, rows, seq_len, too_long="truncate"):
-    return encode_rows(tokenizer, rows, Policy(seq_len, too_long), vocab_size=330)
+    examples, lengths, columns, *others = encode_rows(
+        tokenizer, rows, Policy(seq_len, too_long), vocab_size=330
+    )
+    assert lengths.tolist() == examples.lengths.tolist() and columns == {}
+    return examples, *others
 
 
 def test_examples_are_the_encoded_rows(tokenizer):
@@ -53,7 +57,7 @@ def test_examples_are_the_encoded_rows(tokenizer):
 
 def test_too_long_examples(tokenizer):
     rows = random_rows(100)
-    full = encode(tokenizer, rows, 1000).examples
+    full = encode(tokenizer, rows, 1000)[0]
     limit = int(np.median(full.lengths))
     cut = [(t[:limit], m[:limit]) for t, m in map(full.example, range(100))]
     long = full.lengths > limit

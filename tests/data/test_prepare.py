@@ -1,6 +1,7 @@
 """Prepared data: keyed by all that decides it, the same for any number of processes."""
 
 import dataclasses
+import functools
 import gc
 import json
 import multiprocessing
@@ -19,7 +20,7 @@ import pytest
 
 from easylm.chat import TULU
 from easylm.data import prepare as prepare_module
-from easylm.data.encode import Examples
+from easylm.data.encode import Examples, encode_rows
 from easylm.data.parallel import encode_in_parts
 from easylm.data.prepare import open_rows, prepare
 from easylm.errors import InputError
@@ -72,6 +73,12 @@ def run(tmp_path, tokenizer):
         return prepare(rows, tokenizer, **options)
 
     return run
+
+
+def encode_at(seq_len):
+    """What `encode_in_parts` does with rows."""
+    policy = prepare_module.Policy(seq_len)
+    return functools.partial(encode_rows, policy=policy, vocab_size=330)
 
 
 def no_reading(*arguments):
@@ -273,9 +280,8 @@ def test_a_smaller_model_is_refused_on_prepared_data_too(run, source, tokenizer)
 def test_any_number_of_processes_gives_the_same(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("easylm.data.parallel._ROWS", 7)  # several parts for each
     rows = prepare_module.read_rows(write_rows(tmp_path / "rows.jsonl", 100)).rows
-    policy = prepare_module.Policy(64)
     one, two = (
-        list(encode_in_parts(tokenizer, rows, policy, 330, processes=count, progress=False))
+        list(encode_in_parts(tokenizer, rows, encode_at(64), processes=count, progress=False))
         for count in (1, 2)
     )
     assert len(one) == len(two) == 15
@@ -284,7 +290,8 @@ def test_any_number_of_processes_gives_the_same(tokenizer, tmp_path, monkeypatch
         assert part.examples.loss_mask.tolist() == other.examples.loss_mask.tolist()
         assert part.examples.offsets.tolist() == other.examples.offsets.tolist()
         assert part.row_lengths.tolist() == other.row_lengths.tolist()
-        assert part[2:] == other[2:]
+        assert part.lengths.tolist() == other.lengths.tolist() == part.examples.lengths.tolist()
+        assert part[2] == other[2] == {} and part[4:] == other[4:]
 
 
 def test_the_first_bad_row_is_named_by_any_number_of_processes(tokenizer, tmp_path, monkeypatch):
@@ -295,17 +302,13 @@ def test_the_first_bad_row_is_named_by_any_number_of_processes(tokenizer, tmp_pa
         rows[place].messages[0]["content"] = "</s>\ufdd0"
     for count in (1, 2):
         with pytest.raises(InputError, match=r"^.*rows\.jsonl:31: the content has a Unicode non"):
-            parts = encode_in_parts(
-                tokenizer, rows, prepare_module.Policy(64), 330, processes=count, progress=False
-            )
-            list(parts)
+            list(encode_in_parts(tokenizer, rows, encode_at(64), processes=count, progress=False))
 
 
 def test_a_process_that_is_killed_is_an_error(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("easylm.data.parallel._ROWS", 1)
     rows = prepare_module.read_rows(write_rows(tmp_path / "rows.jsonl", 60)).rows
-    policy = prepare_module.Policy(64)
-    parts = encode_in_parts(tokenizer, rows, policy, 330, processes=2, progress=False)
+    parts = encode_in_parts(tokenizer, rows, encode_at(64), processes=2, progress=False)
     next(parts)
     for process in multiprocessing.active_children():
         process.kill()
@@ -314,17 +317,19 @@ def test_a_process_that_is_killed_is_an_error(tokenizer, tmp_path, monkeypatch):
 
 
 ENDLESS = """
+import functools
 import sys
 from easylm.data import parallel
-from easylm.data.encode import Policy
-from easylm.data.sources import Row
+from easylm.data.encode import Policy, encode_rows
+from easylm.data.rows import Row
 from easylm.tokenizer import load_tokenizer
 
 def main():
     turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
     rows = [Row(turns, f"f:{i}") for i in range(1_000_000)]
     tokenizer = load_tokenizer(sys.argv[1])
-    parts = parallel.encode_in_parts(tokenizer, rows, Policy(64), 330, processes=2, progress=False)
+    encode = functools.partial(encode_rows, policy=Policy(64), vocab_size=330)
+    parts = parallel.encode_in_parts(tokenizer, rows, encode, processes=2, progress=False)
     if sys.argv[2] == "starting":
         print("started", flush=True)
     for part in parts:
