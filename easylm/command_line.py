@@ -1,5 +1,6 @@
 """The command line of the commands that take a config: options, overrides and `--help`."""
 
+import dataclasses
 import os
 import textwrap
 from collections.abc import Sequence
@@ -60,6 +61,23 @@ def parse_command_line(
     if workdir_required and not named.workdir:
         raise InputError("--workdir: not given; wanted a folder (local or gs://) for the results")
     return CommandLine(checked, os.path.expanduser(named.workdir))
+
+
+def choose_class(argv: Sequence[str], config_classes: Sequence[type]) -> type:
+    """Which of several classes the file that `--config` names fills; the first where none does.
+
+    Args:
+      argv: the arguments, without the program's name.
+      config_classes: the dataclasses that the command takes.
+    Raises:
+      InputError: as `load`.
+    """
+    named, _ = _split(argv)
+    fields = set(load(named.config).config) if named.config else set()
+    for config_class in config_classes:
+        if fields <= {field.name for field in dataclasses.fields(config_class)}:
+            return config_class
+    return config_classes[0]
 
 
 def _split(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:

@@ -2,8 +2,8 @@
 
 python -m easylm.prepare --config=sft/quickstart [--workdir=DIR] [--config.FIELD=VALUE ...]
 
-What it prepares is kept in data.cache; training with the same data starts from there.
-Without --workdir, the counts and the picture go there too.
+The config is one of easylm.sft or easylm.dpo. What is prepared is kept in data.cache; training with
+the same data starts from there. Without --workdir, the counts and the picture go there too.
 """
 
 import dataclasses
@@ -11,13 +11,26 @@ import tempfile
 from collections.abc import Sequence
 
 from easylm.command import run_command, say
-from easylm.command_line import parse_command_line
+from easylm.command_line import choose_class, parse_command_line
 from easylm.config import write_json
+from easylm.data.manifest import Manifest
 from easylm.data.pack import pack
-from easylm.data.prepare import Manifest, Prepared
-from easylm.start import model_config, open_data, open_tokenizer, open_weights, prepare_data
-from easylm.trainers.config import SftConfig
+from easylm.data.pair_rows import PAIRS
+from easylm.data.prepare import Prepared, PreparedPairs
+from easylm.data.rows import CONVERSATIONS
+from easylm.start import (
+    model_config,
+    open_data,
+    open_tokenizer,
+    open_weights,
+    prepare_data,
+    prepare_preferences,
+)
+from easylm.trainers.config import DpoConfig, SftConfig
 from easylm.workdir import has_checkpoints
+
+# For each kind of run, what its rows are, and how they are prepared.
+_KINDS = {SftConfig: (CONVERSATIONS, prepare_data), DpoConfig: (PAIRS, prepare_preferences)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +41,7 @@ class Description:
       manifest: of the prepared data.
       packed_rows: rows of seq_len that hold one epoch.
       packed_fill: the share of them that is tokens and not padding.
-      padded_fill: the same with one example in each row.
+      padded_fill: the same with one example, or pair, in each row.
     """
 
     manifest: Manifest
@@ -39,10 +52,11 @@ class Description:
 
 def main(argv: Sequence[str]) -> None:
     """Prepares the data of a config and says what it is like."""
-    program = "python -m easylm.prepare"
-    config, workdir = parse_command_line(argv, SftConfig, program, __doc__, workdir_required=False)
+    program, kind = "python -m easylm.prepare", choose_class(argv, list(_KINDS))
+    config, workdir = parse_command_line(argv, kind, program, __doc__, workdir_required=False)
     workdir = workdir.rstrip("/")
-    rows = open_data(config)
+    form, prepare = _KINDS[kind]
+    rows = open_data(config, form)
     going_on = bool(workdir) and has_checkpoints(workdir)  # of a run, whose tokenizer stays
     weights = open_weights(config, workdir if going_on else "")
     with tempfile.TemporaryDirectory() as scratch:
@@ -50,28 +64,30 @@ def main(argv: Sequence[str]) -> None:
         tokenizer = open_tokenizer(config, folder, rows["data"], weights, going_on=going_on)
     model = model_config(config, weights, tokenizer)
     for name in rows:
-        prepared = prepare_data(config, rows[name], tokenizer, model)
+        prepared = prepare(config, rows[name], tokenizer, model)
         describe(prepared, config.seed, workdir or prepared.folder, name)
 
 
-def describe(prepared: Prepared, seed: int, folder: str, name: str) -> None:
+def describe(prepared: Prepared | PreparedPairs, seed: int, folder: str, name: str) -> None:
     """Says how full rows are, and writes FOLDER/NAME.json and FOLDER/plots/NAME_lengths.png."""
     from easylm.plots import plot_lengths  # matplotlib, which --help does without
 
-    examples, seq_len = prepared.examples, prepared.manifest.seq_len
-    tokens = int(examples.lengths.sum())
-    rows = len(pack(examples.lengths, seq_len, seed, epoch=0))
+    lengths, seq_len = prepared.lengths, prepared.manifest.seq_len
+    noun = prepared.manifest.noun
+    tokens = int(lengths.sum())
+    rows = len(pack(lengths, seq_len, seed, epoch=0))
     description = Description(
         manifest=prepared.manifest,
         packed_rows=rows,
         packed_fill=tokens / (rows * seq_len),
-        padded_fill=tokens / (len(examples) * seq_len),
+        padded_fill=tokens / (len(lengths) * seq_len),
     )
     say(
         f"packed: {rows:,} rows of {seq_len:,} tokens, {description.packed_fill:.1%} filled\n"
-        f"one example a row: {len(examples):,} rows, {description.padded_fill:.1%} filled"
+        f"one {noun} a row: {len(lengths):,} rows, {description.padded_fill:.1%} filled"
     )
-    picture = plot_lengths(prepared.row_lengths, seq_len, f"{folder}/plots/{name}_lengths.png")
+    path = f"{folder}/plots/{name}_lengths.png"
+    picture = plot_lengths(prepared.row_lengths, seq_len, path, noun)
     write_json(description, f"{folder}/{name}.json")
     say(f"wrote {folder}/{name}.json and {picture}")
 

@@ -64,14 +64,14 @@ class Manifest:
     too_long: str
     eos_newline: str
     special_tokens: str
-    one: ClassVar[str] = "an example"
-    several: ClassVar[str] = "examples"
+    article: ClassVar[str] = "an"
+    noun: ClassVar[str] = "example"
 
     def __str__(self) -> str:
         lines = [line for entry in self.sources for line in _describe(entry)]
         dropped = "".join(f", {count:,} dropped ({why})" for why, count in self.dropped.items())
         lines += _wrapped(
-            f"{_rows(self.rows)}: {self.kept:,} {self.several}, {self.truncated:,} of them "
+            f"{_rows(self.rows)}: {self.kept:,} {self.noun}s, {self.truncated:,} of them "
             f"truncated{dropped}; {self.tokens:,} tokens, {self.target_tokens:,} trained"
         )
         total = self.tokens + self.cut_tokens + self.dropped_tokens
@@ -91,8 +91,9 @@ class Manifest:
                 "text that the tokenizer does not know"
             )
         lines += _wrapped(
-            f"tokens of {self.one}: mean {self.length_mean:,.0f}, quartiles {self.length_q25:,} "
-            f"{self.length_median:,} {self.length_q75:,}, max {self.length_max:,}"
+            f"tokens of {self.article} {self.noun}: mean {self.length_mean:,.0f}, quartiles "
+            f"{self.length_q25:,} {self.length_median:,} {self.length_q75:,}, "
+            f"max {self.length_max:,}"
         )
         return "\n".join(lines)
 
@@ -107,8 +108,8 @@ class PairManifest(Manifest):
 
     keep_prompt: str
     scored_turns: str
-    one: ClassVar[str] = "a pair"
-    several: ClassVar[str] = "pairs"
+    article: ClassVar[str] = "a"
+    noun: ClassVar[str] = "pair"
 
 
 def _describe(entry: dict[str, Any]) -> list[str]:

@@ -136,6 +136,11 @@ class Prepared:
     folder: str
     reused: bool
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64 `[examples]`."""
+        return self.examples.lengths
+
 
 @dataclass(frozen=True)
 class PreparedPairs:
@@ -146,6 +151,11 @@ class PreparedPairs:
     manifest: PairManifest
     folder: str
     reused: bool
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each pair, int64 `[pairs]`."""
+        return self.pairs.lengths
 
 
 def prepare(
@@ -327,7 +337,7 @@ def _write(
         raise _knows_too_little(unknown, total, tokenizer, rows.field)
     if not len(of_all):
         raise InputError(
-            f"{rows.field}: no {encoding.manifest.one.split()[1]} is left of {count:,} rows at "
+            f"{rows.field}: no {encoding.manifest.noun} is left of {count:,} rows at "
             f"data.seq_len={encoding.policy.seq_len:,}; wanted at least one. Dropped: "
             + ", ".join(f"{dropped[why]:,} {why}" for why in dropped)
         )
