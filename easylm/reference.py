@@ -66,6 +66,16 @@ class ReferenceTable:
             object.__setattr__(self, name, values)
 
     @classmethod
+    def union(cls, tables: Iterable[ReferenceTable]) -> ReferenceTable:
+        """The pairs of all; one that is in several keeps what the first of them says."""
+        tables = [cls.empty(), *tables]
+        return cls(
+            np.concatenate([table.ids for table in tables]),
+            np.concatenate([table.chosen for table in tables]),
+            np.concatenate([table.rejected for table in tables]),
+        )
+
+    @classmethod
     def empty(cls) -> ReferenceTable:
         """The table without a pair."""
         nothing = np.empty(0, np.float32)
@@ -98,7 +108,12 @@ class ReferenceTable:
 
     def merge(self, other: ReferenceTable) -> ReferenceTable:
         """The pairs of both; one that is in both keeps what this table says."""
-        return _union([self, other])
+        return ReferenceTable.union([self, other])
+
+    def without(self, other: ReferenceTable) -> ReferenceTable:
+        """The pairs that `other` does not have."""
+        new = ~other.has(self.ids)
+        return ReferenceTable(self.ids[new], self.chosen[new], self.rejected[new])
 
     def save(self, path: str, note: Mapping[str, Any]) -> None:
         """Writes one .npz file, local or gs://; it is whole or absent, and replaces another.
@@ -185,7 +200,9 @@ class ReferenceParts:
         """
         paths = [f"{self._folder}/{name}" for name in self._names()]
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-            return _union(table for table, _ in threads.map(ReferenceTable.load, paths))
+            return ReferenceTable.union(
+                table for table, _ in threads.map(ReferenceTable.load, paths)
+            )
 
     def _names(self) -> list[str]:
         if not storage.is_folder(self._folder):
@@ -203,15 +220,6 @@ def _require_ids(ids: np.ndarray) -> None:
     # numpy compares signed with unsigned integers as float64, which takes different ids for equal.
     if ids.dtype != np.uint64 or ids.ndim != 1:
         raise ValueError(f"ids {ids.dtype}{ids.shape}; wanted uint64, one axis")
-
-
-def _union(tables: Iterable[ReferenceTable]) -> ReferenceTable:
-    tables = [ReferenceTable.empty(), *tables]
-    return ReferenceTable(
-        np.concatenate([table.ids for table in tables]),
-        np.concatenate([table.chosen for table in tables]),
-        np.concatenate([table.rejected for table in tables]),
-    )
 
 
 def _write_whole(path: str, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -33,6 +34,7 @@ def run(
     load_params: LoadParams,
     data: dict,
     lengths: np.ndarray,
+    plots: Sequence[Callable[[str], str]] = (plot_loss,),
 ) -> None:
     """Trains, exports the model to WORKDIR/hf and draws the pictures.
 
@@ -43,7 +45,8 @@ def run(
       mesh, objective, stream, eval_stream, load_params: as of `easylm.trainers.fit.fit`.
       data: what is trained on, in values of JSON: `content` (a hash), `tokens`. A run that goes on
         must find the same.
-      lengths: int [examples], tokens before any were cut, for the picture.
+      lengths: int [examples], tokens before any were cut, for a picture.
+      plots: draw the metrics of a workdir.
     Raises:
       FloatingPointError, InputError, PreemptedError: as `fit`.
     """
@@ -65,11 +68,16 @@ def run(
             workdir=workdir,
         )
     except FloatingPointError:
-        with contextlib.suppress(InputError):  # it shows how the loss got there, if it can
-            plot_loss(workdir)
+        with contextlib.suppress(InputError):  # they show how the loss got there, if they can
+            _draw(plots, workdir)
         raise
     folder = export(len(stream), params)
-    plot_loss(workdir)
+    _draw(plots, workdir)
     plot_lengths(lengths, config.data.seq_len, f"{workdir}/plots/lengths.png")
     say(f"plots are in {workdir}/plots")
     say_how_to_chat(folder)
+
+
+def _draw(plots: Sequence[Callable[[str], str]], workdir: str) -> None:
+    for plot in plots:
+        plot(workdir)

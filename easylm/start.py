@@ -5,7 +5,7 @@ Commands share it. jax loads with the weights, after everything that can be wron
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -13,16 +13,26 @@ from easylm import storage
 from easylm.chat import check_eos_newline, stop_tokens
 from easylm.command import say
 from easylm.data.pack import pack
-from easylm.data.prepare import Prepared, SourceRows, open_rows, prepare
+from easylm.data.prepare import (
+    Prepared,
+    PreparedPairs,
+    SourceRows,
+    open_rows,
+    prepare,
+    prepare_pairs,
+)
+from easylm.data.rows import CONVERSATIONS, Form
 from easylm.errors import InputError
 from easylm.models.llama.config import LlamaConfig
 from easylm.tokenizer import load_tokenizer, require_eos, set_chat_template, train_tokenizer
-from easylm.trainers.config import RunConfig
+from easylm.trainers.config import DpoConfig, RunConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from easylm.converters.weights import Weights
+
+_Prepared = TypeVar("_Prepared", Prepared, PreparedPairs)
 
 
 def open_weights(config: RunConfig, going_on_in: str = "") -> "Weights | None":
@@ -120,9 +130,12 @@ def model_config(config: RunConfig, weights: "Weights | None", tokenizer) -> Lla
     return model
 
 
-def open_data(config: RunConfig) -> dict[str, SourceRows]:
+def open_data(config: RunConfig, form: Form = CONVERSATIONS) -> dict[str, SourceRows]:
     """The rows to train on and those to evaluate on, if any, as `data` and `eval`.
 
+    Args:
+      config: of the run.
+      form: what a row is.
     Raises:
       InputError: a source or a row is wrong.
     """
@@ -133,6 +146,7 @@ def open_data(config: RunConfig) -> dict[str, SourceRows]:
     return {
         name: open_rows(
             text,
+            form=form,
             on_bad_row=config.data.on_bad_row,
             seed=config.seed,
             cache=config.data.cache,
@@ -144,23 +158,44 @@ def open_data(config: RunConfig) -> dict[str, SourceRows]:
 
 
 def prepare_data(config: RunConfig, rows: SourceRows, tokenizer, model: LlamaConfig) -> Prepared:
-    """Encodes rows, and says what became of them.
+    """Encodes conversations, and says what became of them.
 
     Raises:
       InputError: they cannot be encoded for this model.
     """
+    return _said(prepare(rows, tokenizer, **_encoding(config, model)))
+
+
+def prepare_preferences(
+    config: DpoConfig, rows: SourceRows, tokenizer, model: LlamaConfig
+) -> PreparedPairs:
+    """Encodes pairs, and says what became of them.
+
+    Raises:
+      InputError: they cannot be encoded for this model.
+    """
+    options = {
+        "keep_prompt": config.dpo.keep_prompt,
+        "scored_turns": config.dpo.scored_turns,
+        **_encoding(config, model),
+    }
+    return _said(prepare_pairs(rows, tokenizer, **options))
+
+
+def _encoding(config: RunConfig, model: LlamaConfig) -> dict:
     data = config.data
-    prepared = prepare(
-        rows,
-        tokenizer,
-        cache=data.cache,
-        seq_len=data.seq_len,
-        vocab_size=model.vocab_size,
-        too_long=data.too_long,
-        eos_newline=data.eos_newline,
-        special_tokens=data.special_tokens,
-        processes=data.processes,
-    )
+    return {
+        "cache": data.cache,
+        "seq_len": data.seq_len,
+        "vocab_size": model.vocab_size,
+        "too_long": data.too_long,
+        "eos_newline": data.eos_newline,
+        "special_tokens": data.special_tokens,
+        "processes": data.processes,
+    }
+
+
+def _said(prepared: _Prepared) -> _Prepared:
     say(str(prepared.manifest))
     say(f"{'prepared before' if prepared.reused else 'kept for later runs'} in {prepared.folder}")
     return prepared
@@ -179,13 +214,16 @@ def load_params(config: RunConfig, weights: "Weights | None", model, shardings, 
 
 
 def use_devices(config: RunConfig) -> None:
-    """Makes the virtual devices that the config asks for.
+    """Makes the virtual devices that the config asks for, and says where compiled steps are kept.
 
     Raises:
       InputError: this is one of several hosts.
     """
     import jax
 
+    from easylm.compilation import use_compilation_cache
+
+    use_compilation_cache(config.compilation_cache)
     # XLA_FLAGS is the older way to say it, and goes first.
     if config.cpu_devices and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", config.cpu_devices)

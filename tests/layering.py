@@ -16,7 +16,7 @@ import pathlib
 from collections.abc import Iterator
 
 FOLDERS = ("models", "trainers", "converters", "eval_bridge", "configs")
-SHARED = ("easylm.finish", "easylm.run", "easylm.start")
+SHARED = ("easylm.ask_reference", "easylm.finish", "easylm.run", "easylm.start")
 MAY_IMPORT = {
     "commands": {"shared", "trainers", "converters", "eval_bridge", "models", "core"},
     "shared": {"shared", "trainers", "converters", "models", "core"},

@@ -88,14 +88,7 @@ def build(
       batch: of jax.ShapeDtypeStruct, rows as they lie on the mesh, empty ones included.
       total_steps: of the run; the learning rate depends on it.
     """
-    execution = execution_on(
-        model,
-        mesh,
-        compute_dtype=jnp.dtype(config.compute_dtype),
-        remat=config.remat,
-        attention_backend=config.attention,
-    )
-    graph = graph_definition(model, execution)
+    graph = model_graph(config, model, mesh)
     schedule, optimizer = make_optimizer(config.optimizer, total_steps)
     params = abstract_params(model, jnp.dtype(config.param_dtype))
     shardings = state_shardings(params, param_shardings(model, mesh), optimizer, mesh)
@@ -113,6 +106,18 @@ def build(
         schedule=schedule,
         mesh=mesh,
     )
+
+
+def model_graph(config: RunConfig, model: LlamaConfig, mesh: Mesh) -> nnx.GraphDef:
+    """The static half of a model that computes as the config says; see `graph_definition`."""
+    execution = execution_on(
+        model,
+        mesh,
+        compute_dtype=jnp.dtype(config.compute_dtype),
+        remat=config.remat,
+        attention_backend=config.attention,
+    )
+    return graph_definition(model, execution)
 
 
 def _placed(leaf, sharding) -> jax.ShapeDtypeStruct:

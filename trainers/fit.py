@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from easylm.checkpoint import Checkpointer, latest_step, read_bundle, read_state
 from easylm.command import say
-from easylm.compilation import use_compilation_cache
 from easylm.config import write_json
 from easylm.data.batches import BatchStream
 from easylm.errors import InputError
@@ -67,7 +66,6 @@ def fit(
       InputError: the checkpoint is damaged, or of other data.
       PreemptedError: the run was told to stop; the state is saved.
     """
-    use_compilation_cache(config.compilation_cache)
     program = build(
         config,
         model=model,

@@ -35,7 +35,7 @@ def pair_stream(
     # In the order of PAIR_ARRAYS.
     columns = np.stack([zeros + 1, chosen, rejected, np.nan_to_num(pairs.margins)])
     lengths = pairs.sequences.lengths.reshape(-1, 2)
-    width = most_in_row(lengths.sum(axis=1), seq_len) if packing else 1
+    width = pairs_per_row(pairs, seq_len, packing)
 
     def lay_out(rows, epochs) -> Batch:
         del epochs
@@ -47,3 +47,8 @@ def pair_stream(
         return {**batch, **dict(zip(PAIR_ARRAYS, table, strict=True))}
 
     return BatchStream(lengths, lay_out, seq_len=seq_len, packing=packing, **options)
+
+
+def pairs_per_row(pairs: Pairs, seq_len: int, packing: bool) -> int:
+    """The second axis of the arrays of pairs: no row of any epoch or seed holds more."""
+    return most_in_row(pairs.lengths, seq_len) if packing else 1

@@ -1,0 +1,95 @@
+"""What the reference says of the pairs of a run: read where known, computed where not."""
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from easylm.command import say
+from easylm.data.pairs import Pairs
+from easylm.data.store import content_key
+from easylm.fingerprint import params_fingerprint
+from easylm.models.llama.config import LlamaConfig
+from easylm.models.llama.sharding import check_mesh, param_shardings
+from easylm.reference import ReferenceParts, ReferenceTable
+from easylm.trainers.config import DpoConfig
+from easylm.trainers.fit import LoadParams
+from easylm.trainers.reference import reference_pass
+from easylm.workdir import has_checkpoints
+
+
+class Model(NamedTuple):
+    """A model that has not been read: its sizes, and how to put its parameters on a mesh."""
+
+    config: LlamaConfig
+    load: LoadParams
+
+
+def ask_reference(
+    config: DpoConfig,
+    workdir: str,
+    mesh: Mesh,
+    policy: Model,
+    reference: Model | None,
+    pairs: Mapping[str, Pairs],
+    batch_rows: int,
+) -> tuple[ReferenceTable, LoadParams]:
+    """The log-probabilities of all pairs, and how to load the policy that is trained on them.
+
+    WORKDIR/reference.npz holds them from then on, for a run that goes on. Below data.cache they are
+    kept for other runs, named by the parameters and by what else decides the numbers.
+
+    Args:
+      config, workdir: of the run.
+      mesh: where it runs.
+      policy: that will be trained.
+      reference: another model to compare with; None: the policy as it starts.
+      pairs: by source, those to evaluate on too.
+      batch_rows: rows that the mesh takes at once.
+    Raises:
+      FloatingPointError: the reference gives a number that is not finite.
+      InputError: a run goes on, but its table is missing or of other pairs.
+      PreemptedError: somebody wants the run to stop; what was computed is kept.
+    """
+    path = f"{workdir}/reference.npz"
+    ids = np.concatenate([of_source.ids for of_source in pairs.values()])
+    if has_checkpoints(workdir):
+        # The policy has changed since: nobody can ask again what it said at the start.
+        table, _ = ReferenceTable.load(path)
+        table.lookup(ids)
+        return table, policy.load
+    asked = reference or policy
+    check_mesh(asked.config, mesh)
+    params = asked.load(param_shardings(asked.config, mesh), jnp.dtype(config.param_dtype))
+    known = _known_or_computed(config, asked.config, mesh, params, pairs, batch_rows)
+    table = ReferenceTable(ids, *known.lookup(ids))
+    table.save(path, {"reference": config.dpo.reference, "init_from": config.init_from})
+    if reference is not None:
+        return table, policy.load
+    return table, lambda shardings, dtype: params  # they are there already
+
+
+def _known_or_computed(
+    config: DpoConfig, model: LlamaConfig, mesh: Mesh, params: dict, pairs, batch_rows: int
+) -> ReferenceTable:
+    name = content_key(
+        {
+            "parameters": params_fingerprint(params),
+            "model": model.to_hf(config.param_dtype),
+            "compute_dtype": config.compute_dtype,
+        }
+    )
+    folder = os.path.join(os.path.expanduser(config.data.cache), "reference", name)
+    parts = ReferenceParts(folder)
+    before = parts.load()
+    for of_source in pairs.values():
+        known = reference_pass(config, model, mesh, params, of_source, parts, batch_rows=batch_rows)
+    ids = np.unique(np.concatenate([of_source.ids for of_source in pairs.values()]))
+    say(
+        f"reference log-probabilities of {len(ids):,} pairs, {before.has(ids).sum():,} of them "
+        f"computed before, are in {folder}"
+    )
+    return known
