@@ -174,8 +174,10 @@ def _is_whole(side: Any) -> bool:
     """Whether it is a conversation from its first turn on."""
     if isinstance(side, str):
         return side.startswith(_TRANSCRIPT)
-    if not isinstance(side, list) or not side or not isinstance(side[0], dict):
+    if not isinstance(side, list):
         return False
+    if not side or not isinstance(side[0], dict):
+        return True
     spelling = _spelling(side[0])
     role = side[0].get(spelling.role)
     return not isinstance(role, str) or spelling.roles.get(role) != "assistant"

@@ -171,7 +171,9 @@ def cut_pair(
     prompt = max(least, min(prompt, (seq_len - sum(answers)) // 2))
     room = seq_len - 2 * prompt
     shorter = min(*answers, room // 2)
-    longer = min(max(answers), room - shorter)
+    # Where both are cut, at the same place: what is left then differs, or does not.
+    is_cut = shorter < min(answers)
+    longer = shorter if is_cut else min(max(answers), room - shorter)
     kept = (shorter, longer) if answers[0] <= answers[1] else (longer, shorter)
     keeps_bos = int(pair[0].tokens[0] == bos_token_id)
     first = keeps_bos if header is None else max(0, prompt - header)
