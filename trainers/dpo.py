@@ -117,7 +117,7 @@ def pair_logprobs(model: Llama, batch: Batch, loss_chunk: int) -> Logprobs:
 
     def by_segment(values: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Sums over a mask, not a scatter: exact float32, and local to the row's device.
-        segments = jnp.arange(1, 2 * pairs + 1)
+        segments = jnp.arange(1, 2 * pairs + 1)[None, None]
         is_in = batch["segment_ids"][..., None] == segments
         sums = jnp.sum(jnp.where(is_in, values[..., None], 0.0), axis=1)
         return sums[:, 0::2], sums[:, 1::2]
