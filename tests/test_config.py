@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from easylm import config
-from easylm.command_line import parse_command_line
+from easylm.command_line import choose_class, parse_command_line
 from easylm.config import difference, from_config_dict, from_dict, option, to_config_dict
 from easylm.errors import InputError
 from tests.bucket import running_bucket
@@ -114,6 +114,22 @@ def test_the_command_line_wins_over_the_file(config_file):
     assert parse(path, "--config.inner.limit=3").inner.limit == 3.0
     assert parse(path, "--config.name=gs://a,gs://b@0.5").name == "gs://a,gs://b@0.5"
     assert parse(path, "--config.name=none").name == "none"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Another:
+    """Without `steps`."""
+
+    name: str = option("", "A name.")
+    inner: Inner
+
+
+def test_a_command_of_several_kinds_takes_the_one_of_the_file(config_file):
+    argv = ["--config.steps=9", f"--config={config_file()}"]
+    assert choose_class(argv, [Another, Outer]) is Outer
+    assert choose_class(argv, [Outer, Another]) is Outer
+    assert choose_class(argv, [Another]) is Another
+    assert choose_class(["--help"], [Another, Outer]) is Another
 
 
 def test_overrides_before_the_config_count_too(config_file):

@@ -105,6 +105,27 @@ def test_a_tokenizer_trained_on_the_data(command, tmp_path, capsys):
     load_tokenizer(tmp_path / "work" / "tokenizer")
 
 
+def test_pairs(command, tmp_path, capsys):
+    config = CONFIG.replace("SftConfig", "DpoConfig").replace("seq_len = 48", "seq_len = 160")
+    (tmp_path / "pairs.py").write_text(config)
+    rows = [
+        {"prompt": row["instruction"], "chosen": row["output"], "rejected": f"No {row['output']}"}
+        for row in ROWS
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, *options = command(f"--workdir={tmp_path / 'work'}", "--config.dpo.keep_prompt=start")
+    prepare.main([f"--config={tmp_path / 'pairs.py'}", *options])
+    said = capsys.readouterr().err
+    description = json.loads((tmp_path / "work" / "data.json").read_text())
+    manifest = description["manifest"]
+    assert (manifest["rows"], manifest["kept"], manifest["keep_prompt"]) == (48, 48, "start")
+    assert "48 rows: 48 pairs, " in said and "tokens of a pair: mean " in said
+    assert f"packed: {description['packed_rows']} rows of 160 tokens, " in said
+    assert "one pair a row: 48 rows, " in said and description["packed_rows"] < 48
+    assert description["packed_fill"] == manifest["tokens"] / (description["packed_rows"] * 160)
+    assert (tmp_path / "work" / "plots" / "data_lengths.png").read_bytes().startswith(PNG)
+
+
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
