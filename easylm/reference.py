@@ -162,7 +162,6 @@ _DAMAGE = (
     EOFError,
     FloatingPointError,
     KeyError,
-    OSError,
     RuntimeError,
     ValueError,
 )

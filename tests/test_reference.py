@@ -135,17 +135,21 @@ def test_the_home_folder_is_found(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "parts") == ["0.npz"]
 
 
-def test_any_damage_is_an_error(tmp_path):
+@pytest.mark.parametrize("pairs", [5, 5000])
+def test_any_damage_is_an_error(tmp_path, pairs):
     path = tmp_path / "reference.npz"
-    made = table(IDS, [1, 2, 3, 4, 5])
+    made = table(np.arange(pairs), np.arange(pairs))
     made.save(str(path), {"a": 1})
     whole = path.read_bytes()
+    # All of a small file; of a larger one, what says of which type and length the ids are.
+    start, end = (0, len(whole)) if pairs == 5 else (whole.index(b"ids.npy"), 600)
     damaged = [whole[:size] for size in (0, 1, 100, len(whole) // 2, len(whole) - 1)]
     damaged.append(b"not one of ours")
-    for place in range(len(whole)):
-        changed = bytearray(whole)
-        changed[place] ^= 0xFF
-        damaged.append(bytes(changed))
+    for place in range(start, end):
+        for bits in (0x04, 0xFF):
+            changed = bytearray(whole)
+            changed[place] ^= bits
+            damaged.append(bytes(changed))
     harmless = 0
     for data in damaged:
         path.write_bytes(data)
@@ -159,7 +163,7 @@ def test_any_damage_is_an_error(tmp_path):
             assert note == {"a": 1}
             harmless += 1
     # Dates and the like, which nobody reads; a small file is mostly headers.
-    assert harmless < len(whole) / 3
+    assert harmless < len(damaged) / 3
 
 
 @pytest.mark.parametrize("name", ["ids", "chosen", "rejected", "note"])
@@ -170,6 +174,13 @@ def test_another_kind_of_file_is_damage(tmp_path, name, instead):
     del arrays[name]
     np.savez(tmp_path / "a.npz", **arrays, **({} if instead is None else {name: instead}))
     with pytest.raises(InputError, match=r"a\.npz: the stored .* are damaged .*delete this"):
+        ReferenceTable.load(f"{tmp_path}/a.npz")
+
+
+def test_numbers_that_are_not_finite_are_damage(tmp_path):
+    numbers = np.full(5, np.nan, np.float32)
+    np.savez(tmp_path / "a.npz", ids=IDS, chosen=numbers, rejected=numbers, note=np.array("{}"))
+    with pytest.raises(InputError, match=r"a\.npz: the stored .* are damaged .*not finite"):
         ReferenceTable.load(f"{tmp_path}/a.npz")
 
 
