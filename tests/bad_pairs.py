@@ -40,7 +40,7 @@ ROW = {
     "chosen is null": (pair(None, "no", prompt=PROMPT), "chosen: null; wanted an answer in both"),
     "prompt missing": (
         pair("yes", "no"),
-        "row: fields 'chosen', 'rejected'; wanted 'chosen' + 'rejected', either as whole",
+        "row: fields 'chosen', 'rejected'; wanted what they answer in 'prompt' or 'conversations'",
     ),
     "two prompts": (
         pair("yes", "no", prompt="hi", conversations=[{"from": "human", "value": "hi"}]),
@@ -89,7 +89,7 @@ ROW = {
     ),
     "equal answers": (
         pair("Yes.", "Yes. \n", prompt=PROMPT),
-        "rejected: the answer of 'chosen': 'Yes.'; wanted another answer",
+        "rejected: the same as the answer of 'chosen', 'Yes.'; wanted another answer",
     ),
     "two kinds of answers": (
         pair(turns("hi", "yes"), "no", prompt="hi"),

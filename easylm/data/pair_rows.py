@@ -156,7 +156,8 @@ def _check_fields(row: Any) -> list[Problem]:
         wanted = "one of 'prompt' and 'conversations'"
         return [Problem("several prompts", "row", fields, wanted)]
     if not whole[0] and not _prompts(row):
-        return [Problem("prompt is missing", "row", fields, _FORMS)]
+        wanted = "what they answer in 'prompt' or 'conversations', or whole conversations in both"
+        return [Problem("prompt is missing", "row", fields, wanted)]
     return []
 
 
@@ -268,7 +269,7 @@ def _compare(chosen: _Turns, rejected: _Turns) -> list[Problem]:
     for index, (text, other) in enumerate(zip(*texts, strict=True)):
         is_answer = index == turns[0] - 1
         if is_answer and text == other:
-            found = f"the answer of 'chosen': {show(other)}"
+            found = f"the same as the answer of 'chosen', {show(other)}"
             return [Problem("equal answers", rejected.places[index], found, "another answer")]
         if not is_answer and text != other:
             common = common_length(text, other)
