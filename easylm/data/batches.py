@@ -100,7 +100,7 @@ class BatchStream:
         self.seq_len = seq_len
         self.batch_rows = batch_rows
         self.rows_per_batch = -(-batch_rows // row_multiple) * row_multiple
-        self._segment_lengths, self._lay_out = segment_lengths, lay_out
+        self._segment_lengths, self.lay_out = segment_lengths, lay_out
         lengths = segment_lengths.sum(axis=1)
         plans: list[Plan] = []
         rows = 0
@@ -137,7 +137,7 @@ class BatchStream:
         first = step * self.batch_rows
         numbers = np.arange(first, first + self.rows_per_batch)[rows]
         epochs = np.searchsorted(self._epoch_ends, numbers, side="right")
-        return self._lay_out(self.plan_rows(step)[rows], epochs)
+        return self.lay_out(self.plan_rows(step)[rows], epochs)
 
     def plan_rows(self, step: int) -> list[np.ndarray]:
         """The example ids of every row of batch `step`, from 0; empty for rows of padding."""
