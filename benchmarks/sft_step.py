@@ -26,17 +26,14 @@ import os
 import pathlib
 import platform
 import statistics
-import subprocess
-import sys
 
 import numpy as np
 
+from benchmarks.process import GB, Worker
 from benchmarks.sft_workers import SIZES, stream, tulu2_examples
 
-GB = 1e9
 WARM_UP = 2
-# Without a TPU's or GPU's library, whose memory is not what is measured.
-ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
+WORKERS = "benchmarks.sft_workers"
 
 
 def main() -> None:
@@ -66,47 +63,13 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Worker:
-    """A process of benchmarks/sft_workers.py.
-
-    Attributes:
-      first: what it says before any step.
-    """
-
-    def __init__(self, name: str, size: str):
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.sft_workers", name, size],
-            env=ENVIRONMENT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.first = self._answer()
-
-    def step(self, what: str = "") -> dict:
-        """Lets it take one step."""
-        self._process.stdin.write(what + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _answer(self) -> dict:
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self._process.args} failed; it says why above")
-        return json.loads(line)
-
-
 def measure_speed(size: str, steps: int) -> dict:
     """One step of every contestant in turn."""
     names = ("torch", "easylm", "easylm, lean")
     with contextlib.ExitStack() as stack:
         workers = {
-            name: stack.enter_context(contextlib.closing(Worker(name, size))) for name in names
+            name: stack.enter_context(contextlib.closing(Worker(WORKERS, name, size)))
+            for name in names
         }
         rounds = [
             {name: worker.step() for name, worker in workers.items()}
@@ -154,7 +117,7 @@ def measure_packing(size: str, steps: int) -> dict:
     packed, padded = (stream(examples, seq_len, packing=packing) for packing in (True, False))
     longest = [lengths[np.concatenate(padded.plan_rows(k))].max() for k in range(len(padded))]
     widths = [seq_len * quarters // 4 for quarters in (1, 2, 3, 4)]
-    with contextlib.closing(Worker("packing", size)) as worker:
+    with contextlib.closing(Worker(WORKERS, "packing", size)) as worker:
         rounds = [
             {what: worker.step(what)["seconds"] for what in ("packed", *map(str, widths))}
             for _ in range(WARM_UP + steps)
@@ -213,7 +176,7 @@ def measure_memory(size: str, steps: int) -> dict:
     del steps
     results = {}
     for name in ("all logits", "chunked"):
-        with contextlib.closing(Worker(name, size)) as worker:
+        with contextlib.closing(Worker(WORKERS, name, size)) as worker:
             worker.step()
             taken = worker.step()
             results[name] = {

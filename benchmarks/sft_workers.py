@@ -8,16 +8,14 @@ The step, its optimizer and its batches are those that training builds.
 import dataclasses
 import functools
 import itertools
-import json
 import os
-import pathlib
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from benchmarks.prepare import TULU2, tulu2_lengths
+from benchmarks.process import answer, forget_peak, memory, timed
 from easylm.data.batches import Batch, BatchStream
 from easylm.data.encode import Examples
 from easylm.data.example_batches import example_stream
@@ -45,68 +43,78 @@ class Run:
     """The state of a run, and the program that training builds for it.
 
     Args:
-      model: sizes; a row is as long as its positions reach.
-      loss_fn: another than that of trainers/sft.py.
-      **options: of SftConfig.
+      config: of the run.
+      model: sizes.
+      objective: what it trains for.
     """
 
-    def __init__(self, model: LlamaConfig, loss_fn=None, **options):
+    def __init__(self, config, model: LlamaConfig, objective):
         import jax
 
         from easylm.models.llama.model import init_params
         from easylm.sharding import make_mesh
         from easylm.trainers.build import build
-        from easylm.trainers.sft import sft_objective
         from easylm.trainers.step import init_state
 
-        config = config_of(model, **options)
-        objective = sft_objective(config, ROWS)
-        self._program = build(
+        self.program = build(
             config,
             model=model,
             mesh=make_mesh(config.mesh),
-            loss_fn=loss_fn or objective.loss_fn,
+            loss_fn=objective.loss_fn,
             batch=objective.batch,
             total_steps=config.steps,
         )
-        shardings = self._program.shardings
+        shardings = self.program.shardings
         make = jax.jit(lambda key: init_params(model, key), out_shardings=shardings.params)
-        self._state = init_state(make(jax.random.key(0)), self._program.optimizer, shardings)
+        self.state = init_state(make(jax.random.key(0)), self.program.optimizer, shardings)
 
     def compiled(self, batch: Batch):
         """The step for batches of this shape."""
-        return self._program.jitted().lower(self._state, batch).compile()
+        return self.program.jitted().lower(self.state, batch).compile()
 
     def step(self, compiled, batch: Batch) -> float:
         """Takes a step; returns its loss."""
-        self._state, metrics = compiled(self._state, batch)
+        self.state, metrics = compiled(self.state, batch)
         return float(metrics["loss"])
 
 
-def config_of(model: LlamaConfig, **options):
-    """The config of a run in float32 on one device, with one learning rate for all steps."""
-    from easylm.trainers import options as sections
+def sft_run(model: LlamaConfig, loss_fn=None, **options) -> Run:
+    """A run of fine-tuning; a row is as long as the model's positions reach.
+
+    Args:
+      model: sizes.
+      loss_fn: another than that of trainers/sft.py.
+      **options: of SftConfig.
+    """
     from easylm.trainers.config import SftConfig
+    from easylm.trainers.sft import sft_objective
+
+    config = SftConfig(batch_rows=ROWS, **run_options(model), **options)
+    objective = sft_objective(config, ROWS)
+    return Run(config, model, objective._replace(loss_fn=loss_fn or objective.loss_fn))
+
+
+def run_options(model: LlamaConfig) -> dict:
+    """Options of a run in float32 on one device, with one learning rate for all steps."""
+    from easylm.trainers import options
 
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     positions = model.max_position_embeddings
-    return SftConfig(
-        init_from="random",
-        mesh="1,1,1",
-        steps=1000,
-        batch_rows=ROWS,
-        compute_dtype="float32",
-        model=sections.ModelConfig(
+    return {
+        "init_from": "random",
+        "mesh": "1,1,1",
+        "steps": 1000,
+        "compute_dtype": "float32",
+        "model": options.ModelConfig(
             max_position_embeddings=positions, **{name: getattr(model, name) for name in sizes}
         ),
-        data=sections.DataConfig(sources="random ids", tokenizer="none", seq_len=positions),
-        optimizer=sections.OptimizerConfig(
+        "data": options.DataConfig(sources="random ids", tokenizer="none", seq_len=positions),
+        "optimizer": options.OptimizerConfig(
             learning_rate=LEARNING_RATE, schedule="constant", warmup_steps=0
         ),
-        checkpoint=sections.CheckpointConfig(),
-        export=sections.ExportConfig(),
-        **options,
-    )
+        "checkpoint": options.CheckpointConfig(),
+        "export": options.ExportConfig(),
+    }
 
 
 def full_rows(model: LlamaConfig) -> BatchStream:
@@ -151,7 +159,7 @@ def cycle(batches: BatchStream) -> Iterator[Batch]:
 def serve_easylm(model: LlamaConfig, **options) -> None:
     """Takes steps of training on full rows."""
     batches = cycle(full_rows(model))
-    run = Run(model, **options)
+    run = sft_run(model, **options)
     compiled = run.compiled(next(batches))
     tokens = ROWS * model.max_position_embeddings
     threads = len(os.sched_getaffinity(0))
@@ -190,7 +198,7 @@ def serve_torch(model: LlamaConfig) -> None:
 
 def serve_packing(model: LlamaConfig) -> None:
     """Takes a step on packed rows for "packed", on rows of so many tokens for a number."""
-    run = Run(model, remat="none")
+    run = sft_run(model, remat="none")
     packed = cycle(stream(tulu2_examples(model), model.max_position_embeddings, packing=True))
     full = cycle(full_rows(model))
     compiled = {}
@@ -213,11 +221,11 @@ def cut(batch: Batch, width: int) -> Batch:
 def serve_memory(model: LlamaConfig, **options) -> None:
     """Takes steps with a large vocabulary; first says what is held before any."""
     model = dataclasses.replace(model, vocab_size=LARGE_VOCABULARY)
-    run = Run(model, remat="block", **options)
+    run = sft_run(model, remat="block", **options)
     batches = cycle(full_rows(model))
     compiled = run.compiled(next(batches))
     before = memory("VmRSS")
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    forget_peak()
     first = {"before": before, "temporary": compiled.memory_analysis().temp_size_in_bytes}
     answer(first, lambda _: timed(run.step, compiled, next(batches)))
 
@@ -236,31 +244,6 @@ def loss_of_all_logits(model, batch: Batch, rng):
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), targets, axis=-1)[..., 0]
     metrics = Metrics(token_counts(batch), means={}, maxima={})
     return *cross_entropy(logprobs, batch["loss_weights"]), metrics
-
-
-def timed(step: Callable[..., float], *arguments: object) -> dict:
-    """Takes a step: its loss, wall and CPU seconds, and the peak memory of the process so far."""
-    cpu, started = time.process_time(), time.perf_counter()
-    loss = step(*arguments)
-    return {
-        "loss": loss,
-        "seconds": time.perf_counter() - started,
-        "cpu_seconds": time.process_time() - cpu,
-        "peak": memory("VmHWM"),
-    }
-
-
-def memory(field: str) -> int:
-    """Bytes of this process: VmRSS, resident now, or VmHWM, the most that ever was."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return int(status.split(f"{field}:")[1].split()[0]) * 1024
-
-
-def answer(first: dict, take: Callable[[str], dict]) -> None:
-    """Says `first`, then answers each line with what `take` returns."""
-    print(json.dumps(first), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(take(line.strip())), flush=True)
 
 
 WORKERS = {
