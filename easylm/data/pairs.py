@@ -134,7 +134,7 @@ def encode_pairs(
         truncated += long
         cut_tokens += length - _length(pair)
         encoded += [(side.tokens, side.mask) for side in pair]
-        ids.append(_pair_id(pair))
+        ids.append(pair_id(pair))
         margins.append(row.margin)
     sequences = Examples.concatenate(encoded)
     return Encoded(
@@ -206,7 +206,8 @@ def _of_no_use(pair: tuple[Side, Side]) -> str | None:
     return None
 
 
-def _pair_id(pair: tuple[Side, Side]) -> int:
+def pair_id(pair: tuple[Side, Side]) -> int:
+    """A hash of the tokens and masks of both sequences, below 2 ** 64."""
     digest = hashlib.blake2b(digest_size=8)
     for side in pair:
         digest.update(len(side.tokens).to_bytes(8, "little"))
