@@ -1,12 +1,13 @@
-"""Tiny runs of `python -m easylm.sft`: data, options, and what they leave."""
+"""Tiny runs of `python -m easylm.sft` and `easylm.dpo`: data, options, and what they leave."""
 
 import json
 import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 import transformers
 
@@ -28,6 +29,23 @@ ROWS = [
     }
     for topic in TOPICS
 ]
+PAIRS = [
+    {
+        "prompt": "Do you like the " + " and the ".join((topic, "sun")[:n]) + "?",
+        "chosen": "Yes. " * n + f"The {topic} is fine.",
+        "rejected": "No." if n % 2 else f"No, the {topic} is bad.",
+    }
+    for topic in TOPICS
+    for n in range(1, 6)
+]
+EVAL_PAIRS = [
+    {
+        "chosen": [question, {"role": "assistant", "content": f"Yes, the {topic}."}],
+        "rejected": [question, {"role": "assistant", "content": "No. No."}],
+    }
+    for topic in TOPICS[:5]
+    for question in [{"role": "user", "content": f"The {topic}?"}]
+]
 RANDOM = {
     "init_from": "random",
     "model.hidden_size": 32,
@@ -38,6 +56,8 @@ RANDOM = {
     "model.max_position_embeddings": 128,
     "data.tokenizer_vocab_size": 320,
 }
+# Of runs on pairs: rows hold two or three.
+PAIRS_OPTIONS = {"model.max_position_embeddings": 256, "data.seq_len": 240}
 COMMON = {
     "data.seq_len": 80,
     "steps": 6,
@@ -50,22 +70,36 @@ COMMON = {
 }
 CONFIG = """\
 from easylm.config import to_config_dict
-from easylm.trainers.config import SftConfig
+from easylm.trainers.config import {name}
 
 
 def get_config():
-    return to_config_dict(SftConfig)
+    return to_config_dict({name})
 """
+
+
+def write_rows(path: pathlib.Path, rows: Iterable[dict]) -> pathlib.Path:
+    """`path` with one JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def make_folder(path: pathlib.Path) -> pathlib.Path:
     """`path` with the rows and the config of tiny runs."""
-    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (path / "config.py").write_text(CONFIG)
+    write_rows(path / "rows.jsonl", ROWS)
+    (path / "config.py").write_text(CONFIG.format(name="SftConfig"))
     return path
 
 
-def arguments(folder: pathlib.Path, workdir: pathlib.Path, options: dict) -> list[str]:
+def make_pairs_folder(path: pathlib.Path) -> pathlib.Path:
+    """The same for runs on preference pairs; eval.jsonl holds other pairs."""
+    write_rows(path / "rows.jsonl", PAIRS)
+    write_rows(path / "eval.jsonl", EVAL_PAIRS)
+    (path / "config.py").write_text(CONFIG.format(name="DpoConfig"))
+    return path
+
+
+def arguments(folder: pathlib.Path, workdir: pathlib.Path | str, options: dict) -> list[str]:
     """Of the command, for a run on the rows of `folder`; options by name, without "config."."""
     places = {"data.sources": str(folder / "rows.jsonl"), "data.cache": str(folder / "prepared")}
     return [
@@ -75,12 +109,18 @@ def arguments(folder: pathlib.Path, workdir: pathlib.Path, options: dict) -> lis
     ]
 
 
-def start(arguments: list[str], without: str = "", **environment: str) -> subprocess.Popen:
+def start(
+    arguments: list[str],
+    without: str = "",
+    *,
+    program: Sequence[str] = ("-m", "easylm.sft"),
+    **environment: str,
+) -> subprocess.Popen:
     """The command in a process of its own, in the checkout; `without` a variable."""
     environment = {**os.environ, **environment}
     environment.pop(without, None)
     return subprocess.Popen(
-        [sys.executable, "-m", "easylm.sft", *arguments],
+        [sys.executable, *program, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -126,3 +166,31 @@ def loss_by_transformers(folder: pathlib.Path, conversations: list[list[dict]]):
         total -= logprobs.gather(1, ids[0, 1:, None])[:, 0][trained].double().sum().item()
         count += trained.sum().item()
     return total / count, count
+
+
+def logprobs_by_transformers(folder: pathlib.Path, pairs: Iterable[dict]) -> np.ndarray:
+    """Log-probabilities of answers, summed over their tokens, by transformers alone.
+
+    Of `pairs` as PAIRS or EVAL_PAIRS has them; float64 [pairs, 2], the chosen answer first. Each
+    sequence has a forward pass of its own.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+    def logprob(pair: dict, answer: str) -> float:
+        messages = pair[answer]
+        if "prompt" in pair:
+            question = {"role": "user", "content": pair["prompt"]}
+            messages = [question, {"role": "assistant", "content": pair[answer]}]
+        encoded = tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids = torch.tensor([encoded["input_ids"]])
+        scored = torch.tensor(encoded["assistant_masks"][1:], dtype=torch.bool)
+        with torch.no_grad():
+            logprobs = model(ids).logits.double().log_softmax(-1)[0, :-1]
+        return logprobs.gather(1, ids[0, 1:, None])[:, 0][scored].sum().item()
+
+    return np.array(
+        [[logprob(pair, answer) for answer in ("chosen", "rejected")] for pair in pairs]
+    )
