@@ -207,7 +207,9 @@ class ProgressBar:
         """Shows the numbers of a line of metrics.jsonl."""
         rate = tqdm.tqdm.format_sizeof(record["tokens_per_second"])
         mfu = "" if record["mfu"] is None else f" mfu {record['mfu']:.0%}"
-        text = f"loss {record['loss']:.4g} {rate} tok/s{mfu} "
+        accuracy = record.get("rewards/accuracies")
+        right = "" if accuracy is None else f" acc {accuracy:.0%}"
+        text = f"loss {record['loss']:.4g}{right} {rate} tok/s{mfu} "
         self._bar.set_description_str(text, refresh=False)
 
     def note(self, text: str) -> None:

@@ -54,11 +54,7 @@ class Reporter:
             for writer in self._writers:
                 writer.write(record)
         if "eval/loss" in record:
-            targets, seconds = record["eval/target_tokens"], record["eval/seconds"]
-            self._bar.note(
-                f"step {step}: loss {record['eval/loss']:.4f} on {targets:,.0f} held-out tokens, "
-                f"evaluated in {seconds:.1f} s"
-            )
+            self._bar.note(f"step {step}: {_on_held_out_data(record)}")
         self._bar.show(record)
         self._bar.step()
 
@@ -95,3 +91,12 @@ class Reporter:
         self._bar.close()
         for writer in self._writers:
             writer.close()
+
+
+def _on_held_out_data(record: dict) -> str:
+    """An evaluation in a line."""
+    targets, seconds = record["eval/target_tokens"], record["eval/seconds"]
+    accuracy = record.get("eval/rewards/accuracies")  # preferences alone have one
+    right = "" if accuracy is None else f", accuracy {accuracy:.1%}"
+    loss = f"loss {record['eval/loss']:.4f}{right}"
+    return f"{loss} on {targets:,.0f} held-out tokens, evaluated in {seconds:.1f} s"
