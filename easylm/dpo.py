@@ -3,6 +3,7 @@
 python -m easylm.dpo --config=dpo/quickstart --workdir=DIR [--config.FIELD=VALUE ...]
 """
 
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from easylm.command import run_command, say
-from easylm.command_line import parse_command_line
 from easylm.data.batches import BatchStream
 from easylm.data.pair_batches import pair_stream, pairs_per_row
 from easylm.data.pair_rows import PAIRS
@@ -28,6 +28,7 @@ from easylm.start import (
     open_data,
     open_tokenizer,
     open_weights,
+    parse_run,
     prepare_preferences,
     use_devices,
 )
@@ -43,8 +44,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
     """Trains, then writes the model as a Hugging Face folder to WORKDIR/hf."""
-    config, workdir = parse_command_line(argv, DpoConfig, "python -m easylm.dpo", __doc__)
-    workdir = workdir.rstrip("/")
+    config, workdir = parse_run(argv, DpoConfig, __doc__)
     going_on = holds_same_run(config, workdir)
     check_trackers(tensorboard=config.tensorboard, wandb=config.wandb)
     # The data comes first: it is what is wrong most often, and is checked in seconds.
@@ -125,10 +125,13 @@ def train(
     pairs = {name: prepared.pairs for name, prepared in data.items()}
     rows = batch_rows(config, pairs["data"].lengths, "pairs")
     policy = Model(model, lambda where, dtype: load_params(config, weights, model, where, dtype))
+    other = None
+    if reference is not None:
+        other = Model(reference.config, functools.partial(reference.load, reference.config))
     table = None
     if config.dpo.needs_reference:
         at_once = -(-rows // (row_groups(mesh) * config.micro_batches)) * row_groups(mesh)
-        table, load = ask_reference(config, workdir, mesh, policy, reference, pairs, at_once)
+        table, load = ask_reference(config, workdir, mesh, policy, other, pairs, at_once)
         policy = policy._replace(load=load)
     stream, eval_stream = open_streams(config, pairs, table, rows, row_groups(mesh))
     width = pairs_per_row(pairs["data"], config.data.seq_len, config.data.packing)

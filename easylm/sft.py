@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from easylm.command import run_command, say
-from easylm.command_line import parse_command_line
 from easylm.data.batches import BatchStream
 from easylm.data.example_batches import example_stream
 from easylm.data.prepare import Prepared
@@ -21,6 +20,7 @@ from easylm.start import (
     open_data,
     open_tokenizer,
     open_weights,
+    parse_run,
     prepare_data,
     use_devices,
 )
@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
     """Trains, then writes the model as a Hugging Face folder to WORKDIR/hf."""
-    config, workdir = parse_command_line(argv, SftConfig, "python -m easylm.sft", __doc__)
-    workdir = workdir.rstrip("/")
+    config, workdir = parse_run(argv, SftConfig, __doc__)
     going_on = holds_same_run(config, workdir)
     check_trackers(tensorboard=config.tensorboard, wandb=config.wandb)
     # The data comes first: it is what is wrong most often, and is checked in seconds.

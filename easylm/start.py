@@ -5,6 +5,7 @@ Commands share it. jax loads with the weights, after everything that can be wron
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from easylm import storage
 from easylm.chat import check_eos_newline, stop_tokens
 from easylm.command import say
+from easylm.command_line import CommandLine, choose_class, parse_command_line
 from easylm.data.pack import pack
 from easylm.data.prepare import (
     Prepared,
@@ -25,14 +27,34 @@ from easylm.data.rows import CONVERSATIONS, Form
 from easylm.errors import InputError
 from easylm.models.llama.config import LlamaConfig
 from easylm.tokenizer import load_tokenizer, require_eos, set_chat_template, train_tokenizer
-from easylm.trainers.config import DpoConfig, RunConfig
+from easylm.trainers.config import DpoConfig, RunConfig, SftConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from easylm.converters.weights import Weights
 
+_Config = TypeVar("_Config", SftConfig, DpoConfig)
 _Prepared = TypeVar("_Prepared", Prepared, PreparedPairs)
+
+
+_COMMANDS = {SftConfig: "python -m easylm.sft", DpoConfig: "python -m easylm.dpo"}
+
+
+def parse_run(
+    argv: Sequence[str], config_class: type[_Config], description: str
+) -> CommandLine[_Config]:
+    """Reads the command line of the command that trains by `config_class`.
+
+    Raises:
+      InputError: as `parse_command_line`, or the config is another command's.
+    """
+    command = _COMMANDS[config_class]
+    found = choose_class(argv, [config_class, *_COMMANDS])
+    if found is not config_class:
+        raise InputError(f"--config: found a config of {_COMMANDS[found]}; wanted one of {command}")
+    config, workdir = parse_command_line(argv, config_class, command, description)
+    return CommandLine(config, workdir.rstrip("/"))
 
 
 def open_weights(config: RunConfig, going_on_in: str = "") -> "Weights | None":
