@@ -56,6 +56,7 @@ class Run:
         from easylm.trainers.build import build
         from easylm.trainers.step import init_state
 
+        self.config = config
         self.program = build(
             config,
             model=model,
