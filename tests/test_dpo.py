@@ -180,14 +180,6 @@ def test_other_pairs_to_train_on_are_refused_when_a_run_goes_on(
         dpo.main(arguments(folder, workdir, options | {"data.sources": fewer}))
 
 
-def test_a_run_without_its_table_does_not_go_on(folder, options, first_run, tmp_path):
-    workdir = tmp_path / "again"
-    shutil.copytree(first_run, workdir)
-    (workdir / "reference.npz").unlink()
-    with pytest.raises(InputError, match=r"again/reference\.npz"):
-        dpo.main(arguments(folder, workdir, options))
-
-
 def test_configs_of_the_other_command_are_refused(folder, tmp_path):
     conversations = tmp_path / "sft"
     conversations.mkdir()
