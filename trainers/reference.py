@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import sys
 import time
 from collections.abc import Iterator
@@ -84,9 +85,10 @@ def reference_pass(
             late = time.monotonic() - written > SECONDS_BETWEEN_PARTS
             if late or stopped() or step == todo[-1]:
                 part = ReferenceTable.union(fresh).without(known)
-                parts.add(f"{pairs.fingerprint()[:16]}-{step:08d}", part)
+                # Named by what it holds: a run in another order must not overwrite it.
+                parts.add(hashlib.sha256(part.ids).hexdigest()[:32], part)
                 known, fresh, written = known.merge(part), [], time.monotonic()
-            if stopped() and step != todo[-1]:
+            if stopped():
                 raise PreemptedError(
                     f"stopped in the pass of the reference, after {bar.n:,} of {len(pairs):,} "
                     "pairs; they are kept, and the same command goes on from there"
