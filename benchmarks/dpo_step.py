@@ -18,12 +18,14 @@ of 512 tokens of a row. They take one step in turn, so that a busy machine slows
 every ratio it is the median of the rounds, after one that does not count.
 
 An epoch of `padded to longest` has 128 widths. The batch of median width is timed, at its width
-rounded up to 64 tokens; other batches lie straight between it, 0 and what comes next in width: the
+rounded up to 128 tokens; other batches lie straight between it, 0 and what comes next in width: the
 row for our own step, the widest batch for TRL's. So it pays for neither a program a width nor
-widths rounded up for fewer programs. Its widest batch is run once, for its memory.
+widths rounded up for fewer programs. Its widest batch is run once, for its memory. Larger batches
+have longer longest sequences: from the same steps, with their widths and as many times the rows,
+follows what it would be for batches of 16 and of 32 pairs.
 
 Needs Linux and 16 GB of memory. It takes about 14 minutes on two cores, with `--trl` (which needs
-torch and trl, the extra `bench`) about 15 more; `--size=tiny` takes half a minute.
+torch and trl, the extra `bench`) about twice as long; `--size=tiny` takes half a minute.
 """
 
 import argparse
@@ -45,6 +47,7 @@ from easylm.data.pairs import Pairs
 
 WARM_UP = 1
 EPOCHS = 3  # that one pass of the reference serves
+LARGER = (16, 32)  # pairs of a batch; what these would make of it is estimated
 WORKERS = "benchmarks.dpo_workers"
 WITH_PASS = "packed, the reference's pass included"
 
@@ -161,11 +164,15 @@ def measure(pairs: Pairs, found: dict, size: str, steps: int, *, trl: bool) -> d
             f"{widest} {rounded_up(longest[widest], row_tokens)}"
         )
         before = {name: worker.first["before"] for name, worker in workers.items()}
-    rates = [pairs_per_second(found, longest, steps_of) for steps_of in taken[WARM_UP:]]
+    rates = [pairs_per_second(pairs, found, steps_of) for steps_of in taken[WARM_UP:]]
     results = {name: _summary(name, taken, rates, before[name]) for name in asked}
     results["padded to longest"] |= {
         "widest_peak_gb": at_widest["peak"] / GB,
         "widest_xla_gb": at_widest["xla"] / GB,
+        "packed_over_larger_batches": {
+            count: statistics.median(rate["packed"] / rate[of_larger(count)] for rate in rates)
+            for count in LARGER
+        },
     }
     if trl:
         # Of the first round: later ones come after a widest batch.
@@ -175,17 +182,22 @@ def measure(pairs: Pairs, found: dict, size: str, steps: int, *, trl: bool) -> d
 
 
 def rounded_up(width: int, row_tokens: int) -> int:
-    """The width at which batches of this one are timed: a multiple of a 32nd of the row."""
-    multiple = row_tokens // 32
+    """The width at which batches of this one are timed: a multiple of a 16th of the row."""
+    multiple = row_tokens // 16
     return -(-int(width) // multiple) * multiple
 
 
-def pairs_per_second(found: dict, longest: np.ndarray, taken: dict) -> dict[str, float]:
+def of_larger(size: int) -> str:
+    """What the estimate for batches of so many pairs is called."""
+    return f"padded to longest of {size}"
+
+
+def pairs_per_second(pairs: Pairs, found: dict, taken: dict) -> dict[str, float]:
     """Of an epoch, by contestant, from the steps of one round.
 
     Args:
+      pairs: those of the epoch.
       found: what `describe_pairs` gives.
-      longest: widths of the epoch's batches.
       taken: by contestant and kind of step, what the worker answered.
     """
     seconds = {
@@ -193,31 +205,39 @@ def pairs_per_second(found: dict, longest: np.ndarray, taken: dict) -> dict[str,
         for name, steps_of in taken.items()
     }
     packed, row = seconds["packed"], seconds["padded to row"]["median"]
-    middle, row_tokens = int(np.sort(longest)[len(longest) // 2]), found["row_tokens"]
-    widths = [rounded_up(middle, row_tokens), row_tokens]
-    by_width = seconds_at(longest, widths, [seconds["padded to longest"]["median"], row])
+    longest, row_tokens = np.sort(longest_of_batches(pairs)), found["row_tokens"]
+    median = int(longest[len(longest) // 2])
+    anchors = [rounded_up(median, row_tokens), row_tokens]
+    measured = [seconds["padded to longest"]["median"], row]
+
+    def padded(size: int) -> float:
+        # A step on PAIRS pairs of each batch's width: more pairs take as many times as long.
+        return PAIRS / seconds_at(longest_of_batches(pairs, size), anchors, measured).mean()
+
     rates = {
         "packed": found["packed_pairs"] / packed["step"],
         WITH_PASS: found["packed_pairs"] / (packed["step"] + packed["reference"] / EPOCHS),
-        "padded to longest": PAIRS / by_width.mean(),
+        "padded to longest": padded(PAIRS),
         "padded to row": PAIRS / row,
+        **{of_larger(size): padded(size) for size in LARGER},
     }
     if "trl" in seconds:
         both = [seconds["trl"]["median"], seconds["trl"]["widest"]]
-        rates["trl"] = PAIRS / seconds_at(longest, [middle, longest.max()], both).mean()
+        rates["trl"] = PAIRS / seconds_at(longest, [median, longest[-1]], both).mean()
     return {name: float(rate) for name, rate in rates.items()}
 
 
 def _summary(name: str, taken: list[dict], rates: list[dict], before: int) -> dict:
     """Medians of the rounds that count; ratios are of what was taken in the same round."""
-    last = list(taken[-1][name].values())[-1]
+    steps = [
+        step for steps_of in taken for label, step in steps_of[name].items() if label != "reference"
+    ]
     seconds = {
         f"{label}_seconds": statistics.median(
             steps_of[name][label]["seconds"] for steps_of in taken[WARM_UP:]
         )
         for label in taken[0][name]
     }
-    losses = [list(steps_of[name].values())[-1]["loss"] for steps_of in taken]
 
     def median(value) -> float:
         return statistics.median(map(value, rates))
@@ -228,11 +248,11 @@ def _summary(name: str, taken: list[dict], rates: list[dict], before: int) -> di
         "packed_over_it": median(lambda rate: rate["packed"] / rate[name]),
         "packed_with_pass_over_it": median(lambda rate: rate[WITH_PASS] / rate[name]),
         "before_gb": before / GB,
-        "peak_gb": last["peak"] / GB,
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
+        "peak_gb": steps[-1]["peak"] / GB,
+        "first_loss": steps[0]["loss"],
+        "last_loss": steps[-1]["loss"],
     }
-    return summary | ({"xla_gb": last["xla"] / GB} if "xla" in last else {})
+    return summary | ({"xla_gb": steps[-1]["xla"] / GB} if "xla" in steps[-1] else {})
 
 
 def print_contestants(results: dict) -> None:
@@ -254,6 +274,9 @@ def print_contestants(results: dict) -> None:
         f"the pass of the reference takes {results['packed']['reference_seconds']:.1f} seconds a "
         f"batch, once; 'with pass' adds its share of {EPOCHS} epochs"
     )
+    larger = results["padded to longest"]["packed_over_larger_batches"]
+    estimates = ", ".join(f"{ratio:.2f}x of {count} pairs" for count, ratio in larger.items())
+    print(f"estimated from these steps, packed beside larger batches: {estimates}")
 
 
 if __name__ == "__main__":

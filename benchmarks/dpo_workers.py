@@ -233,6 +233,7 @@ def trl_trainer(network, pairs: Pairs, ids: np.ndarray, model: LlamaConfig, fold
     sides = [
         [pairs.sequences.example(sequence) for sequence in (2 * pair, 2 * pair + 1)] for pair in ids
     ]
+    datasets.disable_progress_bars()
     starts = [int(chosen[1].argmax()) for chosen, _ in sides]
     columns = {
         "prompt": [chosen[0][:start] for (chosen, _), start in zip(sides, starts, strict=True)],
