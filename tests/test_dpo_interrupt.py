@@ -20,7 +20,7 @@ from tests.runs import (
     start,
     write_rows,
 )
-from tests.test_interrupt import check_same_result, signal_at
+from tests.test_interrupt import signal_at
 
 # Seven batches for the reference, of eight rows each, and one to evaluate on.
 MANY = [{**pair, "prompt": f"{n}: {pair['prompt']}"} for n in range(4) for pair in PAIRS]
@@ -62,7 +62,7 @@ def options(folder):
         "init_from": folder / "start" / "hf",
         "data.seq_len": 240,
         "data.eval_sources": folder / "eval.jsonl",
-        "steps": 60,
+        "steps": 30,
         "checkpoint.every": 4,
         "checkpoint.keep": 1,
     }
@@ -76,15 +76,14 @@ def whole(folder, options):
 
 
 def check_same(run: pathlib.Path, whole: pathlib.Path) -> None:
-    check_same_result(run, whole)
-    assert (run / "reference.npz").read_bytes() == (whole / "reference.npz").read_bytes()
-    for name in ("rewards/margins", "reference/max_abs_logratio"):
-        assert [line[name] for line in metrics(run)] == [line[name] for line in metrics(whole)]
-    evaluated = [
-        {name: value for name, value in metrics(run_or_whole)[-1].items() if "eval/" in name}
-        for run_or_whole in (run, whole)
-    ]
-    assert evaluated[0] | {"eval/seconds": 0} == evaluated[1] | {"eval/seconds": 0}
+    """The two left the same bits, and say the same of every step."""
+    for file in ("hf/model.safetensors", "reference.npz"):
+        assert (run / file).read_bytes() == (whole / file).read_bytes()
+    found, wanted = (
+        [{name: value for name, value in line.items() if "second" not in name} for line in lines]
+        for lines in (metrics(run), metrics(whole))
+    )
+    assert found == wanted
 
 
 def pairs_known(cache: pathlib.Path) -> int:
@@ -122,7 +121,7 @@ def test_interrupted_in_training_it_goes_on_without_what_it_started_from(
     command = arguments(folder, workdir, {**options, "data.cache": cache})
     shutil.copytree(folder / "prepared", cache)
     process = start(command, program=["-m", "easylm.dpo"])
-    signal_at(process, workdir, 17, signal.SIGKILL)
+    signal_at(process, workdir, 10, signal.SIGKILL)  # two have been saved, one of them surely whole
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     table = (workdir / "reference.npz").stat().st_mtime_ns
@@ -130,7 +129,7 @@ def test_interrupted_in_training_it_goes_on_without_what_it_started_from(
     weights.rename(tmp_path / "gone")
     try:
         process = start(command, program=["-m", "easylm.dpo"])
-        signal_at(process, workdir, 30, signal.SIGTERM)
+        signal_at(process, workdir, 16, signal.SIGTERM)
         printed = process.communicate()[1]
         assert process.returncode == 75, printed
         assert "the checkpoint is saved" in " ".join(printed.split())
