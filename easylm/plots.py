@@ -151,7 +151,7 @@ def preferences_figure(columns: dict[str, np.ndarray], title: str) -> Figure:
     _legend(margin_axes, "lower right")
     for answer, color in (("chosen", BLUE), ("rejected", RED)):
         _draw_rewards(reward_axes, columns, answer, color)
-    _legend(reward_axes, "lower left")
+    _legend_above(reward_axes)
     for axes in (margin_axes, reward_axes):
         axes.axhline(0, color=GRAY, lw=1.1, ls=":")
     axes = {"accuracy": accuracy_axes, "margin of rewards": margin_axes, "reward": reward_axes}
@@ -178,16 +178,29 @@ def _draw_rewards(axes: Axes, columns: dict[str, np.ndarray], answer: str, color
     steps, rewards = _finite(columns, f"rewards/{answer}")
     axes.plot(steps, rewards, color=color, lw=0.8, alpha=0.3, marker=_marker(steps))
     if len(steps):
-        axes.plot(steps, smooth(rewards), color=color, lw=1.8, label=f"{answer}, smoothed")
+        axes.plot(steps, smooth(rewards), color=color, lw=1.8, label=answer)
     eval_steps, eval_rewards = _finite(columns, f"eval/rewards/{answer}")
     if len(eval_steps):
         style = {"color": color, "lw": 1.2, "ls": "--", "marker": "o", "ms": 4}
-        axes.plot(eval_steps, eval_rewards, **style, label=f"{answer}, held-out data")
+        axes.plot(eval_steps, eval_rewards, **style, label=f"{answer}, held out")
 
 
 def _legend(axes: Axes, corner: str) -> None:
     curves = axes.get_legend_handles_labels()  # none, if the run died at its first step
     axes.legend(*curves, loc=corner, edgecolor="none", framealpha=0.85)
+
+
+def _legend_above(axes: Axes) -> None:
+    curves = axes.get_legend_handles_labels()
+    axes.legend(
+        *curves,
+        frameon=False,
+        ncols=4,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 0.99),
+        handlelength=1.5,
+        columnspacing=1.5,
+    )
 
 
 def _over_steps(panels: dict[str, Axes], columns: dict[str, np.ndarray], title: str) -> None:
@@ -252,19 +265,12 @@ def lengths_figure(lengths: np.ndarray, seq_len: int, noun: str = "example") -> 
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True, steps=ROUND))
     axes.yaxis.set_major_formatter(THOUSANDS)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel(f"tokens of {'an' if noun[0] in 'aeiou' else 'a'} {noun}")
+    axes.set_xlabel("tokens")
     axes.set_ylabel(f"{noun}s")
     total = lengths.sum(dtype=np.int64)
     title = f"{noun}s: {len(lengths):,} · tokens: {total:,} · longest: {lengths.max():,}"
     axes.set_title(title, loc="left", fontweight="bold", pad=26)
-    axes.legend(
-        frameon=False,
-        ncols=3,
-        loc="lower left",
-        bbox_to_anchor=(-0.02, 0.99),
-        handlelength=1.5,
-        columnspacing=1.5,
-    )
+    _legend_above(axes)
     _tidy(axes)
     return figure
 
