@@ -1,18 +1,13 @@
-"""The published recipes: valid, traced on meshes of their pods, true to their docstrings."""
+"""The published SFT recipes: valid, traced on meshes of their pods, true to their docstrings."""
 
 import dataclasses
-import json
-import pathlib
-import re
-import subprocess
-import sys
 
 import pytest
 
 from easylm.config import CONFIGS, difference, from_config_dict, load
 from easylm.trainers.config import SftConfig
+from tests.recipes import docstring, stated, trace
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Recipe -> the sizes of its weights, its peak learning rate and its row length.
 RECIPES = {
     "tulu1_7b": ("llama_7b", 2e-5, 2048),
@@ -41,17 +36,6 @@ MILLIONS = {
 }
 
 
-def docstring(name):
-    return load(f"sft/{name}").docstring
-
-
-def stated(name, pattern):
-    """The one number that a docstring states in this place."""
-    found = re.findall(pattern, docstring(name))
-    assert len(found) == 1, f"{name}: {pattern}: {found}"
-    return int(found[0].replace(",", ""))
-
-
 def recipe(name):
     return from_config_dict(SftConfig, load(f"sft/{name}").config)
 
@@ -59,17 +43,14 @@ def recipe(name):
 @pytest.fixture(scope="module")
 def traces():
     asked = {
-        name: {
+        f"sft/{name}": {
             "preset": preset,
-            "devices": stated(name, r"Pod: v3-(\d+)"),
-            "examples": stated(name, r"mixture(?: from the hub)?, ([\d,]+) examples"),
+            "devices": stated(f"sft/{name}", r"Pod: v3-(\d+)"),
+            "examples": stated(f"sft/{name}", r"mixture(?: from the hub)?, ([\d,]+) examples"),
         }
         for name, (preset, _, _) in RECIPES.items()
     }
-    command = [sys.executable, "-m", "tests.trace_recipes", json.dumps(asked)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout)
+    return trace(asked)
 
 
 def test_every_config_is_known_here():
@@ -80,19 +61,20 @@ def test_every_config_is_known_here():
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_whole_step_traces_on_the_pod(traces, name):
     preset, rate, seq_len = RECIPES[name]
-    trace = traces[name]
-    assert round(trace["parameters"] / 1e6) == MILLIONS[preset]
-    assert trace["state_is_kept"]
-    assert trace["metrics"]["loss"] == trace["metrics"]["grad_norm"] == []
-    mesh = trace["mesh"]
-    assert trace["batch"] == [mesh["data"] * mesh["fsdp"], seq_len]
-    start, near_peak, end = trace["rates"]
+    traced = traces[f"sft/{name}"]
+    assert round(traced["parameters"] / 1e6) == MILLIONS[preset]
+    assert traced["state_is_kept"]
+    assert traced["metrics"]["loss"] == traced["metrics"]["grad_norm"] == []
+    mesh = traced["mesh"]
+    assert traced["batch"] == [mesh["data"] * mesh["fsdp"], seq_len]
+    start, near_peak, end = traced["rates"]
     assert start == end == 0 and 0.9 * rate < near_peak < rate
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_docstring_states_the_steps(traces, name):
-    assert stated(name, r"([\d,]+) steps \(2 epochs of 128 examples") == traces[name]["steps"]
+    steps = stated(f"sft/{name}", r"([\d,]+) steps \(2 epochs of 128 examples")
+    assert steps == traces[f"sft/{name}"]["steps"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -121,7 +103,7 @@ def test_the_weights_are_those_of_the_size(name):
         "codellama": f"codellama/CodeLlama-{size}-hf",
     }
     assert config.init_from == hub[family]
-    assert size.upper() in docstring(name).splitlines()[0]
+    assert size.upper() in docstring(f"sft/{name}").splitlines()[0]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +122,7 @@ def test_recipes_of_a_family_differ_in_what_they_say(larger, smaller, expected):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_docstring_is_a_lab_note(name):
-    text = docstring(name)
+    text = docstring(f"sft/{name}")
     assert f"--config=sft/{name} --workdir=gs://BUCKET/{name}" in text
     source = recipe(name).data.sources
     for part in (
@@ -153,5 +135,5 @@ def test_the_docstring_is_a_lab_note(name):
         assert part in text
     family = "tulu1_7b" if name.startswith("tulu1") else "tulu2_7b"
     for override in ("--config.loss_weighting=token", "--config.data.eos_newline=keep"):
-        assert override in docstring(family)
+        assert override in docstring(f"sft/{family}")
     assert name == family or f"see {family}.py" in text

@@ -1,7 +1,7 @@
 """Trace the step of every published recipe on a mesh of its pod's size, with nothing allocated.
 
 Prints a JSON object: recipe -> what was traced. Run by test_recipes.py in a process of its own,
-because the tests have 8 virtual devices and a v3-256 has 256.
+because the tests have 8 virtual devices and a v3-512 has 512.
 """
 
 import json
@@ -10,7 +10,7 @@ import os
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=256"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=512"
 
 import dataclasses
 
@@ -20,12 +20,16 @@ from easylm.config import from_config_dict, load
 from easylm.models.llama.presets import PRESETS
 from easylm.sharding import make_mesh, row_groups
 from easylm.trainers.build import build
-from easylm.trainers.config import SftConfig
+from easylm.trainers.config import DpoConfig, SftConfig
+from easylm.trainers.dpo import dpo_objective
 from easylm.trainers.sft import sft_objective
+
+PAIRS_PER_ROW = 16  # of 8,192 tokens; it depends on the data
 
 
 def traced(name, preset, devices, examples):
-    config = from_config_dict(SftConfig, load(f"sft/{name}").config)
+    on_pairs = name.startswith("dpo/")
+    config = from_config_dict(DpoConfig if on_pairs else SftConfig, load(name).config)
     model = PRESETS[preset]
     positions = config.model.max_position_embeddings or model.max_position_embeddings
     model = dataclasses.replace(model, max_position_embeddings=positions)
@@ -33,7 +37,10 @@ def traced(name, preset, devices, examples):
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     groups = row_groups(mesh) * config.micro_batches
     steps = examples * config.epochs // config.batch_examples
-    objective = sft_objective(config, groups)
+    if on_pairs:
+        objective = dpo_objective(config, groups, PAIRS_PER_ROW)
+    else:
+        objective = sft_objective(config, groups)
     program = build(
         config,
         model=model,

@@ -51,6 +51,8 @@ def get_config():
     config.dpo.beta = 0.1
     config.dpo.reference = "policy"
 
+    config.model.max_position_embeddings = 8192
+
     config.data.sources = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"
     config.data.eval_sources = "HuggingFaceH4/ultrafeedback_binarized:test_prefs"
     config.data.seq_len = 8192
