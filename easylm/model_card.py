@@ -14,6 +14,17 @@ _TOPICS = {
     ),
     "amounts": ("epochs", "steps", "batch_examples", "batch_rows"),
     "loss": ("loss_weighting", "loss_group"),
+    "preferences": (
+        "dpo.loss",
+        "dpo.beta",
+        "dpo.label_smoothing",
+        "dpo.simpo_gamma",
+        "dpo.sft_weight",
+        "dpo.margin_weight",
+        "dpo.reference",
+        "dpo.scored_turns",
+        "dpo.keep_prompt",
+    ),
     "optimizer": (
         "optimizer.name",
         "optimizer.b1",
@@ -35,6 +46,14 @@ _TOPICS = {
 # Options that are read only where another has one of these values.
 _READ_WHERE = {
     "loss_group": ("loss_weighting", ("microbatch",)),
+    "dpo.label_smoothing": ("dpo.loss", ("sigmoid", "sigmoid_norm", "robust")),
+    "dpo.simpo_gamma": ("dpo.loss", ("simpo",)),
+    "dpo.margin_weight": ("dpo.loss", ("sigmoid",)),
+    "dpo.reference": (
+        "dpo.loss",
+        ("sigmoid", "robust", "hinge", "ipo", "ipo_sum", "sigmoid_norm"),
+    ),
+    "dpo.keep_prompt": ("data.too_long", ("truncate",)),
     "optimizer.b1": ("optimizer.name", ("adamw", "lion")),
     "optimizer.b2": ("optimizer.name", ("adamw", "lion")),
     "optimizer.mu_dtype": ("optimizer.name", ("adamw", "lion")),

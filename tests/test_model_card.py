@@ -5,27 +5,32 @@ import dataclasses
 import pytest
 
 from easylm.model_card import model_card
-from easylm.trainers.config import SftConfig
+from easylm.trainers.config import DpoConfig, SftConfig
 from easylm.trainers.options import (
     CheckpointConfig,
     DataConfig,
+    DpoOptions,
     ExportConfig,
     ModelConfig,
     OptimizerConfig,
 )
 
 
-def card(optimizer=None, data=None, **options):
+def card(optimizer=None, data=None, dpo=None, **options):
     options = {"epochs": 2, "batch_examples": 128, **options}
-    config = SftConfig(
-        init_from="meta-llama/Llama-2-7b-hf",
-        model=ModelConfig(),
-        data=DataConfig(sources="tulu.jsonl@1000,flan.jsonl", **data or {}),
-        optimizer=OptimizerConfig(**optimizer or {}),
-        checkpoint=CheckpointConfig(),
-        export=ExportConfig(),
-        **options,
+    sections = {
+        "model": ModelConfig(),
+        "data": DataConfig(sources="tulu.jsonl@1000,flan.jsonl", **data or {}),
+        "optimizer": OptimizerConfig(**optimizer or {}),
+        "checkpoint": CheckpointConfig(),
+        "export": ExportConfig(),
+    }
+    objective, sections = (
+        (SftConfig, sections)
+        if dpo is None
+        else (DpoConfig, {**sections, "dpo": DpoOptions(**dpo)})
     )
+    config = objective(init_from="meta-llama/Llama-2-7b-hf", **sections, **options)
     return model_card("A LLaMA", {"dtype": "bfloat16"}, dataclasses.asdict(config))
 
 
@@ -60,6 +65,35 @@ def test_the_card_is_the_recipe():
 def test_only_what_was_read_is_shown(options, shown, left_out):
     assert shown in card(**options)
     assert f"{left_out}=" not in card(**options)
+
+
+def test_the_card_of_a_run_on_pairs_has_its_loss_and_reference():
+    line = (
+        "- preferences: loss=sigmoid, beta=0.1, label_smoothing=0, sft_weight=0.2, "
+        "margin_weight=0, reference=policy, scored_turns=last, keep_prompt=end\n"
+    )
+    assert line in card(dpo={"sft_weight": 0.2})
+    assert "preferences" not in card()
+
+
+@pytest.mark.parametrize(
+    ("dpo", "data", "line"),
+    [
+        (
+            {"loss": "simpo", "beta": 2.0},
+            None,
+            "loss=simpo, beta=2, simpo_gamma=0.5, sft_weight=0, scored_turns=last, keep_prompt=end",
+        ),
+        (
+            {"loss": "ipo", "reference": "gs://b/ref"},
+            {"too_long": "drop"},
+            "loss=ipo, beta=0.1, sft_weight=0, reference=gs://b/ref, scored_turns=last",
+        ),
+        ({"loss": "robust", "label_smoothing": 0.1}, None, "beta=0.1, label_smoothing=0.1, sft"),
+    ],
+)
+def test_only_what_the_loss_reads_is_shown(dpo, data, line):
+    assert line in card(dpo=dpo, data=data)
 
 
 def test_stripped_newlines_are_owned_up_to():

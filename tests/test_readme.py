@@ -6,7 +6,7 @@ import re
 import pytest
 
 from easylm import config
-from easylm.trainers.config import SftConfig
+from easylm.trainers.config import DpoConfig, SftConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,7 +35,7 @@ def test_the_config_of_the_readme_is_one(tmp_path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_and_commands_that_are_shown_exist(page):
     text = page.read_text()
-    known = {path for path, _, _ in config.options(SftConfig)}
+    known = {path for run in (SftConfig, DpoConfig) for path, _, _ in config.options(run)}
     for field in re.findall(r"--config\.([a-z_][\w.]*)", text):
         assert field in known, field
     for module in re.findall(r"python -m (easylm[\w.]*)", text):
