@@ -123,7 +123,7 @@ def train(
     mesh = make_mesh(config.mesh)
     check_mesh(model, mesh)
     pairs = {name: prepared.pairs for name, prepared in data.items()}
-    rows = batch_rows(config, pairs["data"].lengths, "pairs")
+    rows = batch_rows(config, pairs["data"].lengths, "pair")
     policy = Model(model, lambda where, dtype: load_params(config, weights, model, where, dtype))
     other = None
     if reference is not None:

@@ -73,7 +73,8 @@ def run(
         raise
     folder = export(len(stream), params)
     _draw(plots, workdir)
-    plot_lengths(lengths, config.data.seq_len, f"{workdir}/plots/lengths.png")
+    picture = f"{workdir}/plots/lengths.png"
+    plot_lengths(lengths, config.data.seq_len, picture, objective.noun)
     say(f"plots are in {workdir}/plots")
     say_how_to_chat(folder)
 

@@ -103,7 +103,7 @@ def open_streams(
     }
     stream = example_stream(
         examples,
-        batch_rows=batch_rows(config, examples.lengths, "examples"),
+        batch_rows=batch_rows(config, examples.lengths, "example"),
         loss_weighting=config.loss_weighting,
         loss_group=config.loss_group,
         epochs=config.epochs,

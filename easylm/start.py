@@ -255,13 +255,13 @@ def use_devices(config: RunConfig) -> None:
         )
 
 
-def batch_rows(config: RunConfig, lengths: np.ndarray, unit: str) -> int:
+def batch_rows(config: RunConfig, lengths: np.ndarray, noun: str) -> int:
     """Rows of a step; where packed, so many that a step sees batch_examples on average.
 
     Args:
       config: of the run.
       lengths: int [examples], tokens of each.
-      unit: what an example is called, in the plural.
+      noun: what an example is called.
     """
     if config.batch_rows is not None:
         return config.batch_rows
@@ -270,7 +270,7 @@ def batch_rows(config: RunConfig, lengths: np.ndarray, unit: str) -> int:
     rows = len(pack(lengths, config.data.seq_len, config.seed, epoch=0))
     chosen = max(1, round(config.batch_examples * rows / len(lengths)))
     say(
-        f"{config.batch_examples} {unit} fill {chosen} rows on average "
+        f"{config.batch_examples} {noun}s fill {chosen} rows on average "
         f"({len(lengths) / rows:.2f} a row)"
     )
     return chosen

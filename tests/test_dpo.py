@@ -176,7 +176,7 @@ def test_other_pairs_to_train_on_are_refused_when_a_run_goes_on(
     workdir = tmp_path / "again"
     shutil.copytree(first_run, workdir)
     fewer = write_rows(tmp_path / "fewer.jsonl", PAIRS[:-1])
-    with pytest.raises(InputError, match=r"checkpoints were trained on other data: found 29 ex"):
+    with pytest.raises(InputError, match=r"checkpoints were trained on other data: found 29 pairs"):
         dpo.main(arguments(folder, workdir, options | {"data.sources": fewer}))
 
 

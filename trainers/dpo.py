@@ -28,7 +28,7 @@ def dpo_objective(config: DpoConfig, rows: int, pairs_per_row: int) -> Objective
     return Objective(
         loss_fn=dpo_loss(options, loss_chunk=config.loss_chunk),
         batch=abstract_pairs(rows, config.data.seq_len, pairs_per_row),
-        unit="pairs",
+        noun="pair",
         description=describe(options),
         check_first=check_first_step(config) if is_reference else nothing_to_check,
     )

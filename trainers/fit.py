@@ -78,7 +78,7 @@ def fit(
     step_folder = f"{workdir}/checkpoints/{last_step}"
     if last_step:
         say(f"going on after step {last_step} of {len(stream)}")
-        _check_same_data(read_bundle(step_folder), bundle, workdir)
+        _check_same_data(read_bundle(step_folder), bundle, objective.noun, workdir)
     state = _start(program, step_folder, last_step, load_params)
     # What the run starts from is good: only now does it leave a trace.
     checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
@@ -181,13 +181,9 @@ def _reporter(
     )
 
 
-def _check_same_data(stored: dict, bundle: dict, workdir: str) -> None:
-    found, wanted = (
-        "{examples:,} examples of {tokens:,} tokens, {steps:,} steps, content {content:.8}".format(
-            **data
-        )
-        for data in (bundle["data"], stored["data"])
-    )
+def _check_same_data(stored: dict, bundle: dict, noun: str, workdir: str) -> None:
+    text = "{examples:,} {noun}s of {tokens:,} tokens, {steps:,} steps, content {content:.8}"
+    found, wanted = (text.format(noun=noun, **data) for data in (bundle["data"], stored["data"]))
     if bundle["data"] != stored["data"]:
         raise InputError(
             f"{workdir}: its checkpoints were trained on other data: found {found}; wanted "

@@ -16,7 +16,7 @@ class Objective(NamedTuple):
     Attributes:
       loss_fn: see trainers/step.py.
       batch: the shapes of a batch, of jax.ShapeDtypeStruct.
-      unit: what the data consists of, in the plural.
+      noun: what an example is called.
       description: of the loss, in a line.
       check_first: takes the metrics of the first step, of the model that training starts from, and
         raises FloatingPointError if they cannot be.
@@ -24,6 +24,6 @@ class Objective(NamedTuple):
 
     loss_fn: LossFn
     batch: Batch
-    unit: str
+    noun: str
     description: str
     check_first: Callable[[dict[str, float]], None] = nothing_to_check

@@ -44,11 +44,11 @@ def overview(
     rows = stream.rows_per_batch - stream.batch_rows
     lines = {
         "model": f"{count_parameters(model):,} parameters in {config.param_dtype}",
-        "data": f"{stream.num_examples:,} {objective.unit}, seen {stream.epoch(steps):.3g} times: "
+        "data": f"{stream.num_examples:,} {objective.noun}s, seen {stream.epoch(steps):.3g} times: "
         f"{lengths.sum():,} tokens",
         "steps": f"{steps:,} of {stream.batch_rows:,} rows of {stream.seq_len:,} tokens, "
         f"{stream.fill:.1%} filled",
-        "a step": f"{len(lengths) / steps:,.1f} {objective.unit}, "
+        "a step": f"{len(lengths) / steps:,.1f} {objective.noun}s, "
         f"{lengths.sum() / steps:,.0f} tokens",
         "loss": objective.description,
         "optimizer": f"{rate}{warmup_count(options, steps):,} steps of warm-up",

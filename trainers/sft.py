@@ -21,7 +21,7 @@ def sft_objective(config: SftConfig, rows: int) -> Objective:
     return Objective(
         loss_fn=sft_loss(loss_chunk=config.loss_chunk),
         batch=abstract_batch(rows, config.data.seq_len),
-        unit="examples",
+        noun="example",
         description=_WEIGHTING[config.loss_weighting].format(config.loss_group),
     )
 
