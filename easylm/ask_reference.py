@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from easylm.command import say
 from easylm.data.pairs import Pairs
 from easylm.data.store import content_key
+from easylm.errors import InputError
 from easylm.fingerprint import params_fingerprint
 from easylm.models.llama.config import LlamaConfig
 from easylm.models.llama.sharding import check_mesh, param_shardings
@@ -57,10 +58,7 @@ def ask_reference(
     path = f"{workdir}/reference.npz"
     ids = np.concatenate([of_source.ids for of_source in pairs.values()])
     if has_checkpoints(workdir):
-        # The policy has changed since: nobody can ask again what it said at the start.
-        table, _ = ReferenceTable.load(path)
-        table.lookup(ids)
-        return table, policy.load
+        return _table_of_the_run(path, ids), policy.load
     asked = reference or policy
     check_mesh(asked.config, mesh)
     params = asked.load(param_shardings(asked.config, mesh), jnp.dtype(config.param_dtype))
@@ -70,6 +68,18 @@ def ask_reference(
     if reference is not None:
         return table, policy.load
     return table, lambda shardings, dtype: params  # they are there already
+
+
+def _table_of_the_run(path: str, ids: np.ndarray) -> ReferenceTable:
+    try:
+        table, _ = ReferenceTable.load(path)
+        table.lookup(ids)
+    except InputError as error:
+        raise InputError(
+            f"{error}. A run that goes on needs the table and the pairs it started with, since its "
+            "policy has changed; without them, start anew in another folder"
+        ) from None
+    return table
 
 
 def _known_or_computed(

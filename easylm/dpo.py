@@ -3,6 +3,7 @@
 python -m easylm.dpo --config=dpo/quickstart --workdir=DIR [--config.FIELD=VALUE ...]
 """
 
+import dataclasses
 import functools
 import os
 import sys
@@ -53,8 +54,8 @@ def main(argv: Sequence[str]) -> None:
     tokenizer = open_tokenizer(config, workdir, rows["data"], weights, going_on=going_on)
     model = model_config(config, weights, tokenizer)
     data = {name: prepare_preferences(config, rows[name], tokenizer, model) for name in rows}
-    for prepared in data.values():
-        check_margins(config, prepared.pairs)
+    for name, prepared in data.items():
+        check_margins(config, prepared.pairs, rows[name].field)
     pairs = data["data"].pairs
     for index in range(min(config.data.show, len(pairs))):
         say(format_pair(tokenizer, pairs, index, color=sys.stderr.isatty()))
@@ -62,8 +63,13 @@ def main(argv: Sequence[str]) -> None:
     train(config, workdir, weights, reference, tokenizer, model, data)
 
 
-def check_margins(config: DpoConfig, pairs: Pairs) -> None:
+def check_margins(config: DpoConfig, pairs: Pairs, field: str) -> None:
     """Refuses pairs without a margin where the loss asks for one.
+
+    Args:
+      config: of the run.
+      pairs: of the sources that `field` of the config names.
+      field: for the message.
 
     Raises:
       InputError: some have none.
@@ -71,8 +77,8 @@ def check_margins(config: DpoConfig, pairs: Pairs) -> None:
     without = int(np.isnan(pairs.margins).sum())
     if config.dpo.margin_weight and without:
         raise InputError(
-            f"dpo.margin_weight: found {without:,} of {len(pairs):,} pairs without a margin; "
-            "wanted a field 'margin' in every row, or a weight of 0"
+            f"dpo.margin_weight: found {without:,} of the {len(pairs):,} pairs of {field} without "
+            "a margin; wanted a field 'margin' in every row, or a weight of 0"
         )
 
 
@@ -89,7 +95,10 @@ def open_reference(config: DpoConfig, data: dict[str, PreparedPairs]) -> "Weight
     path = os.path.expanduser(config.dpo.reference)
     try:
         weights = open_any(path, hf_config=config.model.hf_config)
-        config.check_model(weights.config)
+        # Longer rows are the user's to try, as with the policy.
+        longest = config.model.max_position_embeddings or weights.config.max_position_embeddings
+        model = dataclasses.replace(weights.config, max_position_embeddings=longest)
+        config.check_model(model)
     except InputError as error:
         raise InputError(f"dpo.reference: {error}") from None
     largest = max(prepared.manifest.largest_token for prepared in data.values())
@@ -99,7 +108,7 @@ def open_reference(config: DpoConfig, data: dict[str, PreparedPairs]) -> "Weight
             f"and the pairs hold the id {largest:,}; wanted a model with the policy's tokenizer"
         )
     say(f"the reference is {config.dpo.reference}: {weights.kind}")
-    return weights
+    return dataclasses.replace(weights, config=model)
 
 
 def train(

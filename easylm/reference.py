@@ -100,8 +100,7 @@ class ReferenceTable:
             raise InputError(
                 f"reference log-probabilities: found none of {len(missing)} of the {len(ids)} "
                 f"pairs asked for (the first is {missing[0]:016x}), and {len(self)} in all; wanted "
-                "one for each: these are not the pairs they were computed for. Use the same data, "
-                "or a new folder, where they are computed anew"
+                "one for each: these are not the pairs they were computed for"
             )
         places = np.searchsorted(self.ids, ids)
         return self.chosen[places], self.rejected[places]
@@ -151,8 +150,7 @@ class ReferenceTable:
                 return cls(arrays["ids"], arrays["chosen"], arrays["rejected"]), note
         except _DAMAGE as error:
             raise InputError(
-                f"{path}: the stored reference log-probabilities are damaged ({error}); delete "
-                "this file, and they are computed again"
+                f"{path}: the stored reference log-probabilities are damaged ({error})"
             ) from error
 
 
@@ -199,9 +197,7 @@ class ReferenceParts:
         """
         paths = [f"{self._folder}/{name}" for name in self._names()]
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-            return ReferenceTable.union(
-                table for table, _ in threads.map(ReferenceTable.load, paths)
-            )
+            return ReferenceTable.union(threads.map(_load_part, paths))
 
     def _names(self) -> list[str]:
         if not storage.is_folder(self._folder):
@@ -213,6 +209,16 @@ class ReferenceParts:
             with storage.explained(self._folder):
                 names = os.listdir(os.path.expanduser(self._folder))
         return sorted(name for name in names if name.endswith(".npz"))
+
+
+def _load_part(path: str) -> ReferenceTable:
+    try:
+        table, _ = ReferenceTable.load(path)
+    except InputError as error:
+        raise InputError(
+            f"{error}; delete this file, and what it holds is computed again"
+        ) from None
+    return table
 
 
 def _require_ids(ids: np.ndarray) -> None:

@@ -46,6 +46,8 @@ def parse_run(
 ) -> CommandLine[_Config]:
     """Reads the command line of the command that trains by `config_class`.
 
+    jax, not loaded yet, will have the virtual devices that the config asks for.
+
     Raises:
       InputError: as `parse_command_line`, or the config is another command's.
     """
@@ -54,6 +56,10 @@ def parse_run(
     if found is not config_class:
         raise InputError(f"--config: found a config of {_COMMANDS[found]}; wanted one of {command}")
     config, workdir = parse_command_line(argv, config_class, command, description)
+    # jax reads it when it loads, which may be as soon as a checkpoint is looked into. XLA_FLAGS is
+    # the older way to say it, and goes first.
+    if config.cpu_devices and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["JAX_NUM_CPU_DEVICES"] = str(config.cpu_devices)
     return CommandLine(config, workdir.rstrip("/"))
 
 
@@ -236,7 +242,7 @@ def load_params(config: RunConfig, weights: "Weights | None", model, shardings, 
 
 
 def use_devices(config: RunConfig) -> None:
-    """Makes the virtual devices that the config asks for, and says where compiled steps are kept.
+    """Says where compiled steps are kept, and looks for the devices.
 
     Raises:
       InputError: this is one of several hosts.
@@ -246,9 +252,6 @@ def use_devices(config: RunConfig) -> None:
     from easylm.compilation import use_compilation_cache
 
     use_compilation_cache(config.compilation_cache)
-    # XLA_FLAGS is the older way to say it, and goes first.
-    if config.cpu_devices and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     if jax.process_count() > 1:
         raise InputError(
             f"found {jax.process_count()} hosts; wanted one: runs over several are not there yet"

@@ -200,7 +200,7 @@ def test_margins_and_the_sft_term_are_added_to_the_loss(folder, compared, logpro
     for row in rows[3:5]:
         del row["margin"]
     write_rows(tmp_path / "rows.jsonl", rows)
-    message = r"dpo\.margin_weight: found 2 of 30 pairs without a margin; wanted a field 'margin'"
+    message = r"found 2 of the 30 pairs of data\.sources without a margin; wanted a field 'margin'"
     with pytest.raises(InputError, match=message):
         dpo.main(arguments(folder, tmp_path / "other", options))
     assert not (tmp_path / "other").exists()

@@ -51,7 +51,9 @@ def check_same_result(run: pathlib.Path, whole: pathlib.Path) -> None:
 def test_killed_again_and_again_it_ends_with_the_same_bits(folder, whole):
     workdir = folder / "killed"
     for step in (2, 17, 44):  # before the first save, and wherever it is later
-        process = start(arguments(folder, workdir, OPTIONS))
+        # The devices come from the config here: it must be heard before a checkpoint loads jax.
+        options = {**OPTIONS, "cpu_devices": 8}
+        process = start(arguments(folder, workdir, options), without="XLA_FLAGS")
         signal_at(process, workdir, step, signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL

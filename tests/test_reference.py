@@ -157,7 +157,6 @@ def test_any_damage_is_an_error(tmp_path, pairs):
             loaded, note = ReferenceTable.load(str(path))
         except InputError as error:
             assert f"{path}: the stored reference log-probabilities are damaged (" in str(error)
-            assert "delete this file, and they are computed again" in str(error)
         else:
             check(loaded, made)
             assert note == {"a": 1}
@@ -173,7 +172,7 @@ def test_another_kind_of_file_is_damage(tmp_path, name, instead):
     arrays = {"ids": IDS, "chosen": numbers, "rejected": numbers, "note": np.array("{}")}
     del arrays[name]
     np.savez(tmp_path / "a.npz", **arrays, **({} if instead is None else {name: instead}))
-    with pytest.raises(InputError, match=r"a\.npz: the stored .* are damaged .*delete this"):
+    with pytest.raises(InputError, match=r"a\.npz: the stored .* are damaged \("):
         ReferenceTable.load(f"{tmp_path}/a.npz")
 
 

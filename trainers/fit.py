@@ -21,7 +21,7 @@ from easylm.track import open_trackers
 from easylm.trainers.build import Program, build
 from easylm.trainers.config import RunConfig
 from easylm.trainers.evaluate import evaluator
-from easylm.trainers.loop import train
+from easylm.trainers.loop import not_finite, train
 from easylm.trainers.objective import Objective
 from easylm.trainers.overview import overview
 from easylm.trainers.place import batches_on
@@ -115,7 +115,7 @@ def _train(
 
     def report(step: int, metrics: dict[str, float], seconds: float) -> None:
         reporter(step, metrics, seconds)
-        if step == 1:
+        if step == 1 and not not_finite(metrics):
             objective.check_first(metrics)
 
     def evaluate_at(step: int) -> bool:

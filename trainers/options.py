@@ -234,6 +234,12 @@ class DpoOptions:
         require(0 <= found < 0.5, "label_smoothing", found, "a number from 0 to below 0.5")
         wanted = f"0 with loss={self.loss}; it is for {', '.join(_SMOOTHED)}"
         require(not found or self.loss in _SMOOTHED, "label_smoothing", found, wanted)
+        wanted = "above 0 with loss=robust, which is sigmoid without it"
+        require(bool(found) or self.loss != "robust", "label_smoothing", found, wanted)
+        default = type(self).simpo_gamma
+        wanted = f"{default}, which is not looked at: loss={self.loss}"
+        is_used = self.loss == "simpo"
+        require(is_used or self.simpo_gamma == default, "simpo_gamma", self.simpo_gamma, wanted)
         for field in ("sft_weight", "margin_weight", "simpo_gamma"):
             value = getattr(self, field)
             require(value >= 0, field, value, "0 or more")
