@@ -16,6 +16,7 @@ from easylm.fingerprint import params_fingerprint
 from easylm.models.llama.config import LlamaConfig
 from easylm.models.llama.sharding import check_mesh, param_shardings
 from easylm.reference import ReferenceParts, ReferenceTable
+from easylm.start import SOURCE_FIELDS
 from easylm.trainers.config import DpoConfig
 from easylm.trainers.fit import LoadParams
 from easylm.trainers.reference import reference_pass
@@ -48,7 +49,7 @@ def ask_reference(
       mesh: where it runs.
       policy: that will be trained.
       reference: another model to compare with; None: the policy as it starts.
-      pairs: by source, those to evaluate on too.
+      pairs: `data` and perhaps `eval`.
       batch_rows: rows that the mesh takes at once.
     Raises:
       FloatingPointError: the reference gives a number that is not finite.
@@ -58,26 +59,29 @@ def ask_reference(
     path = f"{workdir}/reference.npz"
     ids = np.concatenate([of_source.ids for of_source in pairs.values()])
     if has_checkpoints(workdir):
-        return _table_of_the_run(path, ids), policy.load
+        return _table_of_the_run(path, pairs), policy.load
     asked = reference or policy
     check_mesh(asked.config, mesh)
     params = asked.load(param_shardings(asked.config, mesh), jnp.dtype(config.param_dtype))
     known = _known_or_computed(config, asked.config, mesh, params, pairs, batch_rows)
     table = ReferenceTable(ids, *known.lookup(ids))
-    table.save(path, {"reference": config.dpo.reference, "init_from": config.init_from})
+    table.save(path)
     if reference is not None:
         return table, policy.load
     return table, lambda shardings, dtype: params  # they are there already
 
 
-def _table_of_the_run(path: str, ids: np.ndarray) -> ReferenceTable:
+def _table_of_the_run(path: str, pairs: Mapping[str, Pairs]) -> ReferenceTable:
+    where = ""
     try:
-        table, _ = ReferenceTable.load(path)
-        table.lookup(ids)
+        table = ReferenceTable.load(path)
+        for name, of_source in pairs.items():
+            where = f"{SOURCE_FIELDS[name]}: "
+            table.lookup(of_source.ids)
     except InputError as error:
         raise InputError(
-            f"{error}. A run that goes on needs the table and the pairs it started with, since its "
-            "policy has changed; without them, start anew in another folder"
+            f"{where}{error}. A run that goes on needs {path} and the pairs it started with: the "
+            "policy has changed, and is not asked again. Without them, start in another folder"
         ) from None
     return table
 
@@ -100,6 +104,6 @@ def _known_or_computed(
     ids = np.unique(np.concatenate([of_source.ids for of_source in pairs.values()]))
     say(
         f"reference log-probabilities of {len(ids):,} pairs, {before.has(ids).sum():,} of them "
-        f"computed before, are in {folder}"
+        f"computed before, are in\n{folder}"
     )
     return known

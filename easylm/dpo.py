@@ -1,6 +1,6 @@
 """Direct preference optimization of a LLaMA, and its relatives.
 
-python -m easylm.dpo --config=dpo/quickstart --workdir=DIR [--config.FIELD=VALUE ...]
+python -m easylm.dpo --config=CONFIG --workdir=DIR [--config.FIELD=VALUE ...]
 """
 
 import dataclasses
@@ -9,8 +9,6 @@ import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from easylm.command import run_command, say
 from easylm.data.batches import BatchStream
@@ -54,32 +52,11 @@ def main(argv: Sequence[str]) -> None:
     tokenizer = open_tokenizer(config, workdir, rows["data"], weights, going_on=going_on)
     model = model_config(config, weights, tokenizer)
     data = {name: prepare_preferences(config, rows[name], tokenizer, model) for name in rows}
-    for name, prepared in data.items():
-        check_margins(config, prepared.pairs, rows[name].field)
     pairs = data["data"].pairs
     for index in range(min(config.data.show, len(pairs))):
         say(format_pair(tokenizer, pairs, index, color=sys.stderr.isatty()))
     reference = None if going_on else open_reference(config, data)
     train(config, workdir, weights, reference, tokenizer, model, data)
-
-
-def check_margins(config: DpoConfig, pairs: Pairs, field: str) -> None:
-    """Refuses pairs without a margin where the loss asks for one.
-
-    Args:
-      config: of the run.
-      pairs: of the sources that `field` of the config names.
-      field: for the message.
-
-    Raises:
-      InputError: some have none.
-    """
-    without = int(np.isnan(pairs.margins).sum())
-    if config.dpo.margin_weight and without:
-        raise InputError(
-            f"dpo.margin_weight: found {without:,} of the {len(pairs):,} pairs of {field} without "
-            "a margin; wanted a field 'margin' in every row, or a weight of 0"
-        )
 
 
 def open_reference(config: DpoConfig, data: dict[str, PreparedPairs]) -> "Weights | None":

@@ -5,13 +5,11 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import io
-import json
 import os
 import secrets
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -98,9 +96,8 @@ class ReferenceTable:
         missing = ids[~self.has(ids)]
         if len(missing):
             raise InputError(
-                f"reference log-probabilities: found none of {len(missing)} of the {len(ids)} "
-                f"pairs asked for (the first is {missing[0]:016x}), and {len(self)} in all; wanted "
-                "one for each: these are not the pairs they were computed for"
+                f"{len(missing):,} of {len(ids):,} pairs have no reference log-probabilities (the "
+                f"first has the id {missing[0]:016x}); wanted the pairs they were computed for"
             )
         places = np.searchsorted(self.ids, ids)
         return self.chosen[places], self.rejected[places]
@@ -114,27 +111,25 @@ class ReferenceTable:
         new = ~other.has(self.ids)
         return ReferenceTable(self.ids[new], self.chosen[new], self.rejected[new])
 
-    def save(self, path: str, note: Mapping[str, Any]) -> None:
+    def save(self, path: str) -> None:
         """Writes one .npz file, local or gs://; it is whole or absent, and replaces another.
 
-        Equal tables and notes give equal bytes.
+        Equal tables give equal bytes.
 
         Args:
             path: of the file; its folder is made where it is missing.
-            note: kept beside the table, whatever JSON can write.
 
         Raises:
             InputError: the disk or the bucket refuses.
         """
         arrays = {"ids": self.ids, "chosen": self.chosen, "rejected": self.rejected}
-        text = json.dumps(dict(note), sort_keys=True, allow_nan=False)
         file = io.BytesIO()
-        np.savez(file, note=np.array(text), **arrays)
+        np.savez(file, **arrays)
         _write_whole(path, file.getvalue())
 
     @classmethod
-    def load(cls, path: str) -> tuple[ReferenceTable, dict[str, Any]]:
-        """Reads the table and the note that `save` wrote.
+    def load(cls, path: str) -> ReferenceTable:
+        """Reads the table that `save` wrote.
 
         Raises:
             InputError: the file is missing, cannot be read, or is damaged.
@@ -146,8 +141,7 @@ class ReferenceTable:
                 if damaged := archive.testzip():
                     raise ValueError(f"the checksum of {damaged} is wrong")
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                note = json.loads(arrays["note"].item())
-                return cls(arrays["ids"], arrays["chosen"], arrays["rejected"]), note
+                return cls(arrays["ids"], arrays["chosen"], arrays["rejected"])
         except _DAMAGE as error:
             raise InputError(
                 f"{path}: the stored reference log-probabilities are damaged ({error})"
@@ -187,7 +181,7 @@ class ReferenceParts:
         Raises:
             InputError: the disk or the bucket refuses.
         """
-        table.save(f"{self._folder}/{name}.npz", {})
+        table.save(f"{self._folder}/{name}.npz")
 
     def load(self) -> ReferenceTable:
         """All parts as one table; of a pair in several, the part whose name sorts first counts.
@@ -213,12 +207,9 @@ class ReferenceParts:
 
 def _load_part(path: str) -> ReferenceTable:
     try:
-        table, _ = ReferenceTable.load(path)
+        return ReferenceTable.load(path)
     except InputError as error:
-        raise InputError(
-            f"{error}; delete this file, and what it holds is computed again"
-        ) from None
-    return table
+        raise InputError(f"{error}; delete this file, and what it held is computed again") from None
 
 
 def _require_ids(ids: np.ndarray) -> None:

@@ -1,6 +1,6 @@
 """Supervised fine-tuning of a LLaMA.
 
-python -m easylm.sft --config=sft/quickstart --workdir=DIR [--config.FIELD=VALUE ...]
+python -m easylm.sft --config=CONFIG --workdir=DIR [--config.FIELD=VALUE ...]
 """
 
 import sys

@@ -38,6 +38,8 @@ _Config = TypeVar("_Config", SftConfig, DpoConfig)
 _Prepared = TypeVar("_Prepared", Prepared, PreparedPairs)
 
 
+# What the two kinds of data are called in the config.
+SOURCE_FIELDS = {"data": "data.sources", "eval": "data.eval_sources"}
 _COMMANDS = {SftConfig: "python -m easylm.sft", DpoConfig: "python -m easylm.dpo"}
 
 
@@ -167,10 +169,7 @@ def open_data(config: RunConfig, form: Form = CONVERSATIONS) -> dict[str, Source
     Raises:
       InputError: a source or a row is wrong.
     """
-    sources = {
-        "data": ("data.sources", config.data.sources),
-        "eval": ("data.eval_sources", config.data.eval_sources),
-    }
+    sources = {"data": config.data.sources, "eval": config.data.eval_sources}
     return {
         name: open_rows(
             text,
@@ -178,9 +177,9 @@ def open_data(config: RunConfig, form: Form = CONVERSATIONS) -> dict[str, Source
             on_bad_row=config.data.on_bad_row,
             seed=config.seed,
             cache=config.data.cache,
-            field=field,
+            field=SOURCE_FIELDS[name],
         )
-        for name, (field, text) in sources.items()
+        for name, text in sources.items()
         if text
     }
 
@@ -200,14 +199,21 @@ def prepare_preferences(
     """Encodes pairs, and says what became of them.
 
     Raises:
-      InputError: they cannot be encoded for this model.
+      InputError: they cannot be encoded for this model, or lack the margins that the loss asks for.
     """
     options = {
         "keep_prompt": config.dpo.keep_prompt,
         "scored_turns": config.dpo.scored_turns,
         **_encoding(config, model),
     }
-    return _said(prepare_pairs(rows, tokenizer, **options))
+    prepared = _said(prepare_pairs(rows, tokenizer, **options))
+    without = int(np.isnan(prepared.pairs.margins).sum())
+    if config.dpo.margin_weight and without:
+        raise InputError(
+            f"dpo.margin_weight: found {without:,} of the {len(prepared.pairs):,} pairs of "
+            f"{rows.field} without a margin; wanted a field 'margin' in every row, or a weight of 0"
+        )
+    return prepared
 
 
 def _encoding(config: RunConfig, model: LlamaConfig) -> dict:

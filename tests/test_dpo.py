@@ -96,9 +96,8 @@ def test_the_export_says_to_transformers_what_the_run_reported(first_run):
 
 
 def test_the_table_of_the_run_holds_the_reference_of_all_its_pairs(first_run):
-    table, note = ReferenceTable.load(str(first_run / "reference.npz"))
+    table = ReferenceTable.load(str(first_run / "reference.npz"))
     assert len(table) == len(PAIRS) + len(EVAL_PAIRS) == 35
-    assert note == {"reference": "policy", "init_from": "random"}
     # The reference stays what it was, however far the policy went.
     for answer in ("chosen", "rejected"):
         at_six, at_twelve = (
@@ -160,7 +159,7 @@ def test_other_held_out_pairs_are_refused_when_a_run_goes_on(folder, options, fi
     for part in ("checkpoints/12", "hf"):
         shutil.rmtree(workdir / part)
     other = write_rows(tmp_path / "other.jsonl", [*EVAL_PAIRS[:3], PAIRS[0] | {"rejected": "Hm."}])
-    with pytest.raises(InputError, match=r"found none of 1 of the 34 pairs asked for"):
+    with pytest.raises(InputError, match=r"data\.eval_sources: 1 of 4 pairs have no reference"):
         dpo.main(arguments(folder, workdir, options | {"data.eval_sources": other}))
     assert not (workdir / "hf").exists()
     # Fewer of the same are no others.

@@ -15,10 +15,11 @@ from easylm.trainers.preference_losses import Logprobs, pair_losses, rewards
 from easylm.trainers.sft import token_counts
 from easylm.trainers.step import Batch, LossFn, Metrics, abstract_batch
 
-# What the first step may differ from the loss of policy = reference: float32 of its size, and in
-# bfloat16 the mean absolute log-ratio per target token, in nats.
+# How far the loss of the first step may be from that of policy = reference, in float32.
 LOSS_TOLERANCE = 1e-5
-LOGRATIO_TOLERANCE = 0.05
+# And the mean absolute log-ratio per target token, in nats. In float32 too it decides where the
+# loss does not agree: a loss of long sums, or of a large beta, amplifies their rounding.
+LOGRATIO_TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
 
 
 def dpo_objective(config: DpoConfig, rows: int, pairs_per_row: int) -> Objective:
@@ -130,23 +131,22 @@ def pair_logprobs(model: Llama, batch: Batch, loss_chunk: int) -> Logprobs:
 def check_first_step(config: DpoConfig) -> Callable[[dict[str, float]], None]:
     """A check of the first step's metrics where the policy starts as the reference.
 
-    The log-ratios are zero then, and the loss is known. In float32 it must agree; in bfloat16 the
-    log-ratios must be small.
+    The log-ratios are zero then, and the loss is known. In float32 it must agree, or the log-ratios
+    be nothing but rounding; in bfloat16 they must be small.
     """
+    is_exact = config.compute_dtype == "float32"
+    tolerance = LOGRATIO_TOLERANCE[config.compute_dtype]
 
     def check(metrics: dict[str, float]) -> None:
         loss, wanted = metrics["loss"], metrics["reference/loss"]
         ratio = metrics["reference/mean_abs_logratio"]
-        if config.compute_dtype == "float32":
-            agrees = abs(loss - wanted) <= LOSS_TOLERANCE * max(1.0, abs(wanted))
-        else:
-            agrees = ratio <= LOGRATIO_TOLERANCE
-        if not agrees:
+        same_loss = is_exact and abs(loss - wanted) <= LOSS_TOLERANCE
+        if not same_loss and ratio > tolerance:
             raise FloatingPointError(
                 f"step 1: the policy is still the reference, but the loss is {loss:.7g}; wanted "
-                f"{wanted:.7g} (mean absolute log-ratio per token {ratio:.2g}). The stored "
-                "log-probabilities are not those of this model and data; delete them to have them "
-                "computed again"
+                f"{wanted:.7g}, or a mean absolute log-ratio per token of at most {tolerance:g}, "
+                f"not {ratio:.2g}. The stored log-probabilities are not those of this model and "
+                f"data; delete {config.data.cache}/reference to have them computed again"
             )
 
     return check

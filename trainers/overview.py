@@ -58,7 +58,7 @@ def overview(
     if memory is not None:
         lines["memory"] = (
             f"{_bytes(memory.argument_size_in_bytes)} state and batch + "
-            f"{_bytes(memory.temp_size_in_bytes)} temporaries a device, says the compiler"
+            f"{_bytes(memory.temp_size_in_bytes)} temporaries a device (compiler)"
         )
     lines["time"] = _time(model, mesh, lengths, jnp.dtype(config.compute_dtype), last_step / steps)
     return "\n".join(f"  {name:<10}{text}" for name, text in lines.items())
@@ -79,7 +79,7 @@ def _time(model: LlamaConfig, mesh: Mesh, lengths: np.ndarray, dtype, done: floa
     how = "the devices' peak" if peak else "measured here"
     speed = peak or _measured_flops(mesh, dtype)
     least = timedelta(seconds=round(flops * (1 - done) / speed))
-    return f"at least {least} for the steps: {flops:.2g} FLOPs, {speed:.2g} a second ({how})"
+    return f"at least {least}: {flops:.2g} FLOPs, {speed:.2g} a second ({how})"
 
 
 def _measured_flops(mesh: Mesh, dtype, size: int = 1024) -> float:

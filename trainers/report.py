@@ -54,7 +54,7 @@ class Reporter:
             for writer in self._writers:
                 writer.write(record)
         if "eval/loss" in record:
-            self._bar.note(f"step {step}: {_on_held_out_data(record)}")
+            self._bar.note(f"step {step}: {_evaluation(record)}")
         self._bar.show(record)
         self._bar.step()
 
@@ -93,10 +93,9 @@ class Reporter:
             writer.close()
 
 
-def _on_held_out_data(record: dict) -> str:
-    """An evaluation in a line."""
-    targets, seconds = record["eval/target_tokens"], record["eval/seconds"]
+def _evaluation(record: dict) -> str:
+    """What it found, in a line."""
     accuracy = record.get("eval/rewards/accuracies")  # preferences alone have one
     right = "" if accuracy is None else f", accuracy {accuracy:.1%}"
-    loss = f"loss {record['eval/loss']:.4f}{right}"
-    return f"{loss} on {targets:,.0f} held-out tokens, evaluated in {seconds:.1f} s"
+    seconds = record["eval/seconds"]
+    return f"loss {record['eval/loss']:.4f}{right} on held-out data, evaluated in {seconds:.1f} s"

@@ -27,7 +27,7 @@ class Examples:
         tokens: int32 `[total]`.
         loss_mask: uint8 `[total]`, 1 on tokens the model is trained to produce.
         offsets: int64 `[examples + 1]`; example i is `tokens[offsets[i]:offsets[i + 1]]`.
-        known_fingerprint: what `fingerprint` gives, where it was computed when they were stored.
+        known_fingerprint: what stored examples are known by; `fingerprint` gives it as it is.
     """
 
     tokens: np.ndarray

@@ -30,7 +30,7 @@ class Pairs:
             is known by it wherever the pair stands. Equal pairs have equal ids.
         margins: float32 `[pairs]`, by how much the chosen answer is better; NaN where the row does
             not say.
-        known_fingerprint: what `fingerprint` gives, where it was computed when they were stored.
+        known_fingerprint: what stored pairs are known by; `fingerprint` gives it as it is.
     """
 
     sequences: Examples

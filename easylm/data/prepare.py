@@ -362,7 +362,7 @@ def _write(
 def _statistics(name: str, lengths: np.ndarray) -> dict[str, float]:
     quantiles = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1])
     names = ("min", "q25", "median", "q75", "max")
-    values = {f"{name}_{at}": int(value) for at, value in zip(names, quantiles, strict=True)}
+    values = {f"{name}_{at}": round(value) for at, value in zip(names, quantiles, strict=True)}
     return {f"{name}_mean": float(lengths.mean()), **values}
 
 

@@ -153,8 +153,8 @@ def test_a_pass_in_another_order_overwrites_nothing(pairs, tmp_path, monkeypatch
     kept = ReferenceParts(str(tmp_path)).load()
     shifted = ReferenceTable(kept.ids, kept.chosen - 1, kept.rejected)
     for name in os.listdir(tmp_path):
-        table, _ = ReferenceTable.load(str(tmp_path / name))
-        ReferenceTable(table.ids, *shifted.lookup(table.ids)).save(str(tmp_path / name), {})
+        table = ReferenceTable.load(str(tmp_path / name))
+        ReferenceTable(table.ids, *shifted.lookup(table.ids)).save(str(tmp_path / name))
     found = ask(pairs, tmp_path, seed=3)
     check_same(ReferenceParts(str(tmp_path)).load(), found)
     np.testing.assert_array_equal(found.lookup(kept.ids)[0], shifted.chosen)
