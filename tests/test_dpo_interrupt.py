@@ -149,6 +149,6 @@ def test_a_run_whose_table_is_gone_does_not_take_what_it_has_become_for_the_refe
     shutil.copytree(whole, workdir)
     (workdir / "reference.npz").unlink()
     with pytest.raises(
-        InputError, match=r"run/reference\.npz.* the table and the pairs it started"
+        InputError, match=r"run/reference\.npz: no such .* the pairs it started with"
     ):
         dpo.main(arguments(folder, workdir, options))

@@ -64,7 +64,7 @@ def test_what_is_missing_is_told():
     ):
         made.lookup(asked)
     assert not ReferenceTable.empty().has(IDS).any()
-    with pytest.raises(InputError, match="5 of the 5 pairs"):
+    with pytest.raises(InputError, match="5 of 5 pairs"):
         ReferenceTable.empty().lookup(IDS)
 
 

@@ -83,13 +83,12 @@ def reference_pass(
             fresh.append(table)
             bar.update(len(held[step]))
             late = time.monotonic() - written > SECONDS_BETWEEN_PARTS
-            stopping = stopped()
-            if late or stopping or step == todo[-1]:
+            if late or stopped() or step == todo[-1]:
                 part = ReferenceTable.union(fresh).without(known)
                 # Named by what it holds: a run in another order must not overwrite it.
                 parts.add(hashlib.sha256(part.ids).hexdigest()[:32], part)
                 known, fresh, written = known.merge(part), [], time.monotonic()
-            if stopping:
+            if stopped() and not fresh:
                 raise PreemptedError(
                     f"stopped in the pass of the reference, after {bar.n:,} of {len(pairs):,} "
                     "pairs; they are kept, and the same command goes on from there"
