@@ -104,7 +104,7 @@ def test_examples_and_manifest(run, source, tokenizer):
     assert manifest.length_mean == examples.lengths.mean()
     assert manifest.length_min == examples.lengths.min()
     quartiles = manifest.length_q25, manifest.length_median, manifest.length_q75
-    assert quartiles == tuple(np.rround(np.quantile(examples.lengths, [0.25, 0.5, 0.75])))
+    assert quartiles == tuple(np.rint(np.quantile(examples.lengths, [0.25, 0.5, 0.75])))
     assert [(entry["path"], entry["taken"]) for entry in manifest.sources] == [(source, 40)]
     full, long = prepared.row_lengths, prepared.row_lengths > 64
     assert manifest.row_length_mean == full.mean() and manifest.row_length_max == full.max()
