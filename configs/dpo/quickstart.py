@@ -3,7 +3,7 @@
     python -m easylm.sft --config=sft/quickstart --workdir=runs/quickstart
     python -m easylm.dpo --config=dpo/quickstart --workdir=runs/quickstart_dpo
 
-Machine: anything; two CPU cores take less than two minutes. Nothing is downloaded: it starts from
+Machine: anything; two idle CPU cores take 40 seconds. Nothing is downloaded: it starts from
 runs/quickstart/hf, which the first command makes.
 Data: 239 pairs in configs/quickstart/pairs.jsonl, 22,863 tokens, seen 6 times; 41 more, with other
 questions, are held out. Chosen is an answer that ends with "What would you like to know next?", but
