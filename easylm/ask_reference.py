@@ -98,9 +98,11 @@ def _known_or_computed(
     )
     folder = os.path.join(os.path.expanduser(config.data.cache), "reference", name)
     parts = ReferenceParts(folder)
-    before = parts.load()
+    known = before = parts.load()
     for of_source in pairs.values():
-        known = reference_pass(config, model, mesh, params, of_source, parts, batch_rows=batch_rows)
+        known = reference_pass(
+            config, model, mesh, params, of_source, known, parts, batch_rows=batch_rows
+        )
     ids = np.unique(np.concatenate([of_source.ids for of_source in pairs.values()]))
     say(
         f"reference log-probabilities of {len(ids):,} pairs, {before.has(ids).sum():,} of them "

@@ -38,11 +38,12 @@ def reference_pass(
     mesh: Mesh,
     params: dict,
     pairs: Pairs,
+    known: ReferenceTable,
     parts: ReferenceParts,
     *,
     batch_rows: int,
 ) -> ReferenceTable:
-    """Computes what `parts` does not know of the pairs, and adds it there on the way.
+    """Computes what is not known of the pairs, and adds it to `parts` on the way.
 
     The pairs are packed as for training, in batches that depend on data and options alone; one
     whose pairs are all known is left out. So a pass that was interrupted ends with the same bits.
@@ -53,15 +54,15 @@ def reference_pass(
       mesh: where it runs.
       params: of the reference, on the mesh.
       pairs: of one source.
-      parts: what is known of these parameters.
+      known: of these parameters; what `parts` holds, read before.
+      parts: where it is kept.
       batch_rows: rows of a batch, as many as the mesh takes.
     Returns:
-      What is known of these parameters now, all `pairs` among it.
+      `known` and what is new, all `pairs` among it.
     Raises:
       FloatingPointError: one is not finite.
       PreemptedError: somebody wants the run to stop; what was computed is kept.
     """
-    known = parts.load()
     stream = pair_stream(
         pairs,
         seq_len=config.data.seq_len,
@@ -74,7 +75,7 @@ def reference_pass(
     todo = [step for step, indices in enumerate(held) if not known.has(pairs.ids[indices]).all()]
     if not todo:
         return known
-    done = sum(len(held[step]) for step in range(len(stream)) if step not in set(todo))
+    done = len(pairs) - sum(len(held[step]) for step in todo)
     results = _computed(config, model, mesh, params, stream, pairs, todo)
     with stop_noticed() as stopped, contextlib.closing(results), _bar(len(pairs), done) as bar:
         written = time.monotonic()

@@ -49,13 +49,15 @@ def ask(pairs, folder, *, mesh="1,1,1", params=None, batch_rows=2, **options) ->
     mesh = make_mesh(mesh, devices)
     model, weights = native(hf_llama())
     params = jax.device_put(params or weights, param_shardings(model, mesh))
+    parts = ReferenceParts(str(folder))
     return reference_pass(
         from_config_dict(DpoConfig, config),
         model,
         mesh,
         params,
         pairs,
-        ReferenceParts(str(folder)),
+        parts.load(),
+        parts,
         batch_rows=batch_rows,
     )
 
