@@ -1,6 +1,7 @@
 """One optimizer step: a pure function (state, batch) -> (state, metrics)."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -72,11 +73,12 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        gradient_fn = jax.value_and_grad(sums, has_aux=True)
-        if micro_batches > 1:
-            rows = batch["tokens"].shape[0] // micro_batches
-            gradient_fn = optax.microbatching.microbatch(gradient_fn, 1, rows, _ACCUMULATORS)
-        (loss_sum, (weight, metrics)), gradients = gradient_fn(state.params, batch, rng)
+        if micro_batches == 1:
+            gradient_fn = jax.value_and_grad(sums, has_aux=True)
+            (loss_sum, (weight, metrics)), gradients = gradient_fn(state.params, batch, rng)
+        else:
+            parts = _split_rows(batch, micro_batches)
+            loss_sum, weight, metrics, gradients = _sum_over(parts, sums, state.params, rng)
         gradients = jax.tree.map(lambda g: g / weight, gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -93,15 +95,37 @@ def make_train_step(
     return step
 
 
-_SUM = optax.microbatching.AccumulationType.SUM
-_MAXIMUM = optax.microbatching.Accumulator(
-    init=lambda value: jax.tree.map(jnp.zeros_like, value),
-    update=lambda largest, value, _: jax.tree.map(jnp.maximum, largest, value),
-    finalize=lambda largest: largest,
-    aggregate=lambda values: jax.tree.map(lambda x: jnp.max(x, axis=0), values),
-)
-# Of what the function of value and gradient gives: ((loss, (weight, metrics)), gradients).
-_ACCUMULATORS = ((_SUM, (_SUM, Metrics(_SUM, _SUM, _MAXIMUM))), _SUM)
+def _split_rows(batch: Batch, parts: int) -> Batch:
+    """[rows, ...] -> [parts, rows / parts, ...], every device keeping the rows it has."""
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0),
+        batch,
+    )
+
+
+def _sum_over(parts: Batch, sums, params: dict, rng: jax.Array):
+    """(sum of losses, sum of weights, metrics, gradients) over parts [parts, rows, ...].
+
+    The gradient of each layer is added to the total as soon as the backward pass has it, so there
+    is one array of the parameters' size, not a total and the gradient of a part.
+    """
+    gradients = jax.tree.map(lambda param: jax.new_ref(jnp.zeros_like(param)), params)
+
+    def add(_, part):
+        loss_sum, pull_back, (weight, metrics) = jax.vjp(
+            lambda params: sums(params, part, rng), params, has_aux=True
+        )
+        pull_back.with_refs(gradients)(jnp.ones_like(loss_sum))
+        return None, (loss_sum, weight, metrics)
+
+    _, (loss_sums, weights, metrics) = jax.lax.scan(add, None, parts)
+    total = functools.partial(jnp.sum, axis=0)
+    metrics = Metrics(
+        counts=jax.tree.map(total, metrics.counts),
+        means=jax.tree.map(total, metrics.means),
+        maxima=jax.tree.map(functools.partial(jnp.max, axis=0), metrics.maxima),
+    )
+    return total(loss_sums), total(weights), metrics, jax.tree.map(jax.freeze, gradients)
 
 
 def state_shardings(

@@ -39,6 +39,8 @@ def blockwise_attention(q, k, v, *, segment_ids, block=512):
     batch, seq, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     block = min(block, seq)
+    # Tied to q, or jax computes the masks of all pairs of blocks before the loop over layers.
+    q, segment_ids = jax.lax.optimization_barrier((q, segment_ids))
     q_blocks, k_blocks, v_blocks = (
         _to_blocks(x, block)
         for x in (q.reshape(batch, seq, kv_heads, heads // kv_heads, head_dim), k, v)
