@@ -15,34 +15,6 @@ from easylm.errors import InputError
 # Seconds between uploads of metrics.jsonl to a bucket, where an object cannot be appended to.
 UPLOAD_SECONDS = 30.0
 
-# Dense bfloat16 FLOP/s of one jax device, by jax.Device.device_kind. A TPU v2 or v3 chip is two
-# devices. Sources: cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e} ("peak compute per chip") and
-# NVIDIA's A100, H100 and H200 data sheets (without sparsity).
-PEAK_FLOPS = {
-    "TPU v2": 45e12 / 2,
-    "TPU v3": 123e12 / 2,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
-}
-
-
-def peak_flops(device_kind: str, num_devices: int) -> float | None:
-    """FLOP/s that the devices could do at best in bfloat16; None for an unknown kind."""
-    peak = PEAK_FLOPS.get(device_kind)
-    return None if peak is None else peak * num_devices
-
 
 def model_flops(
     *,

@@ -9,7 +9,7 @@ import pytest
 
 from easylm import metrics
 from easylm.errors import InputError
-from easylm.metrics import MetricsWriter, ProgressBar, model_flops, peak_flops, rates
+from easylm.metrics import MetricsWriter, ProgressBar, model_flops, rates
 from tests.bucket import running_bucket
 
 
@@ -110,13 +110,6 @@ def test_rates():
         "mfu": 0.25,
     }
     assert rates(**numbers, flops=5e12, peak=None)["mfu"] is None
-
-
-def test_peak_is_per_jax_device_and_unknown_for_cpus():
-    # 256 chips of 123 TFLOP/s.
-    assert peak_flops("TPU v3", 512) == pytest.approx(256 * 123e12)
-    assert peak_flops("NVIDIA H200", 8) == pytest.approx(8 * 989e12)
-    assert peak_flops(jax.devices()[0].device_kind, 8) is None
 
 
 def test_the_progress_bar_fits_80_columns(capsys):

@@ -9,7 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from easylm.data.batches import BatchStream
-from easylm.metrics import model_flops, peak_flops
+from easylm.devices import peak_flops
+from easylm.metrics import model_flops
 from easylm.models.llama.config import LlamaConfig
 from easylm.models.llama.model import count_parameters
 from easylm.trainers.build import warmup_count

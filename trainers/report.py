@@ -6,7 +6,8 @@ import optax
 from jax.sharding import Mesh
 
 from easylm.data.batches import BatchStream
-from easylm.metrics import MetricsWriter, ProgressBar, model_flops, peak_flops, rates
+from easylm.devices import peak_flops
+from easylm.metrics import MetricsWriter, ProgressBar, model_flops, rates
 from easylm.models.llama.config import LlamaConfig
 from easylm.models.llama.model import count_parameters
 from easylm.track import Tracker
