@@ -85,7 +85,7 @@ def test_an_unknown_name_lists_the_known_ones(name):
 
 def test_a_shape_that_libtpu_refuses_is_named():
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
-    with pytest.raises(InputError, match="--topology=v5e:3x3: libtpu says: .*not divisible"):
+    with pytest.raises(InputError, match=r"--topology=v5e:3x3: libtpu says: .*not divisible"):
         target_devices(parse_topology("v5e:3x3"))
 
 
