@@ -67,7 +67,11 @@ def config_of(objective, **changes):
 
 
 def xla_flops(objective, config, backend, kv_replicas):
-    """What XLA counts in the compiled gradient of the loss of a batch."""
+    """What XLA counts in the gradient of the loss of a batch.
+
+    Before it optimizes: a loss of one chunk is a loop of one turn, which XLA opens, and then it
+    merges the logits of the forward and the backward pass, as it cannot in a loop of several.
+    """
     execution = llama.Execution(
         remat=config.remat,
         attention=functools.partial(attention, backend=backend),
@@ -84,8 +88,8 @@ def xla_flops(objective, config, backend, kv_replicas):
         return target.loss_fn(nnx.merge(graph, params), batch, jax.random.key(0))[0]
 
     gradient = jax.jit(jax.value_and_grad(loss))
-    compiled = gradient.lower(llama.abstract_params(MODEL), target.batch).compile()
-    return compiled.cost_analysis()["flops"]
+    lowered = gradient.lower(llama.abstract_params(MODEL), target.batch)
+    return lowered.cost_analysis()["flops"]
 
 
 @pytest.mark.parametrize(
@@ -113,8 +117,8 @@ def test_hardware_flops_are_those_that_xla_counts(objective, remat, backend, ten
     )
     replicas = max(1, tensor // MODEL.num_key_value_heads)
     theirs = xla_flops(objective, config, backend, replicas)
-    print(f"{objective} {remat} {backend} {tensor}: {ours.hardware / theirs:.4f}")
-    assert ours.hardware == pytest.approx(theirs, rel=0.05)
+    # XLA counts additions too, half a percent here.
+    assert ours.hardware == pytest.approx(theirs, rel=0.01)
 
 
 def test_pairs_of_blocks_are_those_that_blockwise_attention_computes():
