@@ -1,0 +1,171 @@
+"""What a search for a way to run a config came to, and how it is shown."""
+
+import dataclasses
+import sys
+from typing import NamedTuple, Protocol
+
+import tqdm
+
+from easylm.devices import GIB
+from easylm.planning.candidates import Candidate
+from easylm.trainers.config import RunConfig
+
+_HEAD = """\
+            micro-                    row   memory     of   step s    MFU  empty
+mesh       batches  remat          tokens      GiB    HBM   (est.) (est.)   rows"""
+
+
+class Planned(Protocol):
+    """What is known of a candidate once it is compiled.
+
+    Attributes:
+      fits: whether it does.
+      total_bytes: that a device needs.
+      usable_bytes: that it has; None: unknown.
+      step_seconds: an estimate, at least; None: unknown.
+      mfu_bound: an estimate, at most; None: unknown.
+    """
+
+    @property
+    def fits(self) -> bool: ...
+    @property
+    def total_bytes(self) -> int: ...
+    @property
+    def usable_bytes(self) -> int | None: ...
+    @property
+    def step_seconds(self) -> float | None: ...
+    @property
+    def mfu_bound(self) -> float | None: ...
+
+
+class Found(NamedTuple):
+    """A candidate and what compiling it said."""
+
+    candidate: Candidate
+    planned: Planned
+
+
+@dataclasses.dataclass
+class Search:
+    """What a search came to.
+
+    Attributes:
+      fitting: the compiled ones that fit, fastest first.
+      too_large: how many were compiled and do not fit.
+      pruned: how many cannot fit, since their state alone, or a smaller program, does not.
+      slower: how many were left out since one of their mesh that fits looks at least as fast.
+      untried: how many the budget left no time for.
+    """
+
+    fitting: list[Found] = dataclasses.field(default_factory=list)
+    too_large: int = 0
+    pruned: int = 0
+    slower: int = 0
+    untried: int = 0
+
+    @property
+    def settled(self) -> int:
+        """How many candidates are decided."""
+        return len(self.fitting) + self.too_large + self.pruned + self.slower
+
+
+class Progress:
+    """A bar on stderr that counts settled candidates, and a line above it for each compile."""
+
+    def __init__(self, total: int):
+        self._is_live = sys.stderr.isatty()
+        self._bar = tqdm.tqdm(
+            total=total,
+            ncols=80,
+            # A log file gets a line now and then, not one a step.
+            mininterval=0.0 if self._is_live else 30.0,
+            bar_format="{n_fmt}/{total_fmt} |{bar}| {desc}",
+        )
+
+    def start(self, one: Candidate, settled: int, time_left: str) -> None:
+        """Says what is being compiled, how many are settled, and how much time there is."""
+        self._bar.update(settled - self._bar.n)
+        text = f"{one.mesh_text} {one.remat}; {time_left} of the budget left"
+        self._bar.set_description_str(text, refresh=self._is_live)
+
+    def tell(self, one: Candidate, planned: Planned) -> None:
+        """Says what came of it."""
+        self._bar.write(outcome(one, planned), file=sys.stderr)
+
+    def close(self, settled: int) -> None:
+        """Leaves the bar as it is."""
+        self._bar.update(settled - self._bar.n)
+        self._bar.set_description_str("", refresh=False)
+        self._bar.close()
+
+
+def outcome(one: Candidate, planned: Planned) -> str:
+    """A line on what was compiled and whether it fits."""
+    what = f"{one.mesh_text:9} micro_batches={one.micro_batches:<3} {one.remat:13}"
+    share = "" if planned.usable_bytes is None else f", {_share(planned)} of HBM"
+    verdict = "fits" if planned.fits else "does not fit"
+    return f"{what} {planned.total_bytes / GIB:7.2f} GiB{share}: {verdict}"
+
+
+def search_table(result: Search, config: RunConfig) -> str:
+    """What fits, fastest first, what was left out, and the best's overrides; 80 columns."""
+    if not result.fitting:
+        return "\n".join(["Nothing of what was compiled fits.", *_counts(result)])
+    best = result.fitting[0].candidate
+    return "\n".join(
+        [
+            "What fits, fastest first. Times and MFU are estimates: no step takes less time,",
+            "no run has a higher MFU.",
+            _HEAD,
+            *map(_line, result.fitting),
+            *_counts(result),
+            "The first of them:",
+            *(f"  {override}" for override in best.overrides(config)),
+        ]
+    )
+
+
+def search_records(result: Search) -> dict:
+    """The same in values of JSON."""
+    fitting = [
+        {
+            **one._asdict(),
+            "mesh": one.mesh_text,
+            "rows": one.rows,
+            "empty_rows": one.empty_rows,
+            "total_bytes": planned.total_bytes,
+            "usable_bytes": planned.usable_bytes,
+            "estimated_step_seconds": planned.step_seconds,
+            "estimated_mfu_bound": planned.mfu_bound,
+        }
+        for one, planned in result.fitting
+    ]
+    counts = {name: getattr(result, name) for name in ("too_large", "pruned", "slower", "untried")}
+    return {"fitting": fitting, **counts}
+
+
+def _line(found: Found) -> str:
+    one, planned = found
+    share = "-" if planned.usable_bytes is None else _share(planned)
+    seconds = "-" if planned.step_seconds is None else f"{planned.step_seconds:.3g}"
+    mfu = "-" if planned.mfu_bound is None else f"{planned.mfu_bound:.0%}"
+    return (
+        f"{one.mesh_text:11}{one.micro_batches:7}  {one.remat:14}{one.seq_len:7,}"
+        f"{planned.total_bytes / GIB:9.2f}{share:>7}{seconds:>9}{mfu:>7}{one.empty_rows:7}"
+    )
+
+
+def _share(planned: Planned) -> str:
+    return f"{planned.total_bytes / planned.usable_bytes:.0%}"
+
+
+def _counts(result: Search) -> list[str]:
+    """A line for each reason to have left candidates out."""
+    reasons = {
+        "too_large": "were compiled and do not fit",
+        "pruned": "cannot fit: their state alone, or a smaller program, does not",
+        "slower": "look no faster than one of the same mesh that fits",
+        "untried": "were not tried: the time is used up (--budget_minutes)",
+    }
+    counts = {text: getattr(result, name) for name, text in reasons.items()}
+    return [f"{count:5,} {text}" for text, count in counts.items() if count]

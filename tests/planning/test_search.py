@@ -1,0 +1,269 @@
+"""The search finds what a full enumeration finds, with few compiles and within its budget."""
+
+import io
+import json
+import sys
+from typing import NamedTuple
+
+import pytest
+
+from easylm.devices import TPU_V3
+from easylm.models.llama.presets import LLAMA2_7B, LLAMA2_70B
+from easylm.planning.candidates import REMAT, candidates, guess
+from easylm.planning.found import search_records, search_table
+from easylm.planning.search import Budget, search, smallest_slice
+from easylm.planning.topology import parse_topology, slices
+from tests.planning.test_candidates import sft
+
+GIB = 2**30
+CONFIG = sft()
+FEW, MANY = {8192: 17}, {8192: 140}
+
+
+class Planned(NamedTuple):
+    """What a compiler would say."""
+
+    total_bytes: int
+    usable_bytes: int | None
+    step_seconds: float | None
+    mfu_bound: float | None
+
+    @property
+    def fits(self):
+        return self.usable_bytes is None or self.total_bytes <= self.usable_bytes
+
+
+class Compiler:
+    """Plans by a made-up law of memory that grows with rows at once and with what is kept."""
+
+    def __init__(self, usable=15.48, minutes=0.0, known=True):
+        self.asked, self.now, self._known = [], 0.0, known
+        self._usable, self._minutes = int(usable * GIB), minutes
+
+    def clock(self):
+        return self.now
+
+    def __call__(self, one):
+        self.asked.append(one)
+        self.now += 60 * self._minutes
+        return self.planned(one)
+
+    def planned(self, one):
+        data, fsdp, tensor = one.mesh
+        at_once = one.rows / (data * fsdp * one.micro_batches)
+        kept = (1 / tensor, 1, 3, 12)[REMAT.index(one.remat)]
+        total = (1100 / (fsdp * tensor) + 8 * at_once * (kept + 4 / tensor)) * GIB
+        seconds = guess(one, CONFIG, LLAMA2_70B, TPU_V3).key[0]
+        timed = (seconds, 5.0 / seconds) if self._known else (None, None)
+        return Planned(int(total), self._usable, *timed)
+
+
+def run(compiler, num_devices=256, rows=FEW, minutes=1000, device=TPU_V3):
+    return search(
+        CONFIG,
+        LLAMA2_70B,
+        num_devices=num_devices,
+        device=device,
+        batch_rows=rows,
+        plan_of=compiler,
+        budget=Budget(minutes, compiler.clock),
+    )
+
+
+@pytest.mark.parametrize("rows", [FEW, MANY])
+@pytest.mark.parametrize("num_devices", [128, 256, 512])
+def test_it_finds_the_fastest_that_fits_of_every_mesh(rows, num_devices):
+    compiler = Compiler()
+    result = run(compiler, num_devices, rows)
+    everything = candidates(CONFIG, LLAMA2_70B, num_devices, rows)
+
+    def key(one):
+        return guess(one, CONFIG, LLAMA2_70B, TPU_V3).key
+
+    best = {}
+    for one in sorted(filter(lambda one: compiler.planned(one).fits, everything), key=key):
+        best.setdefault(one.mesh, key(one))
+    found = {}
+    for one in (fit.candidate for fit in result.fitting):
+        found[one.mesh] = min(key(one), found.get(one.mesh, key(one)))
+    assert found == best
+    assert len(found) > 1
+    assert key(result.fitting[0].candidate)[0] == min(best.values())[0]
+    assert len(compiler.asked) == len(set(compiler.asked)) < len(everything) / 2
+    assert result.settled == len(everything)
+    assert result.untried == 0
+
+
+def test_the_smallest_program_of_a_mesh_comes_first_and_can_be_the_last():
+    compiler = Compiler(usable=9)
+    result = run(compiler, rows=MANY)
+    first = {}
+    for one in compiler.asked:
+        first.setdefault(one.mesh, one)
+    assert {one.remat for one in first.values() if one.mesh[2] > 1} == {"block_sharded"}
+    for mesh, one in first.items():
+        assert one.micro_batches == -(-140 // mesh[1])
+        if not compiler.planned(one).fits:
+            assert [asked.mesh for asked in compiler.asked].count(mesh) == 1
+    assert result.too_large
+    assert result.pruned > result.too_large
+
+
+def test_what_fits_is_sorted_by_the_time_of_the_program_and_not_by_the_guess():
+    compiler = Compiler()
+
+    def reversed_times(one):
+        planned = compiler(one)
+        return planned._replace(step_seconds=1 / planned.step_seconds)
+
+    result = run(reversed_times_with_clock(reversed_times), rows=MANY)
+    times = [fit.planned.step_seconds for fit in result.fitting]
+    assert times == sorted(times)
+    assert times[0] < times[-1]
+
+
+def reversed_times_with_clock(plan_of):
+    plan_of.clock = lambda: 0.0
+    return plan_of
+
+
+def test_state_that_cannot_fit_is_not_compiled():
+    compiler = Compiler()
+    result = run(compiler, num_devices=32)
+    assert compiler.asked == []
+    assert result.pruned == len(candidates(CONFIG, LLAMA2_70B, 32, FEW))
+    assert search_table(result, CONFIG).startswith("Nothing of what was compiled fits.\n")
+    # Of an unknown device nothing is known to be too large.
+    assert run(compiler, num_devices=32, device=None).too_large == len(compiler.asked) > 0
+
+
+def test_the_budget_ends_the_compiles_and_the_rest_is_counted():
+    compiler = Compiler(minutes=1)
+    result = run(compiler, minutes=4.5)
+    assert len(compiler.asked) == 5
+    total = len(candidates(CONFIG, LLAMA2_70B, 256, FEW))
+    assert result.untried == total - result.settled > 0
+    assert f"{result.untried} were not tried: the time is used up" in search_table(result, CONFIG)
+
+
+def test_meshes_that_look_fast_are_compiled_first():
+    compiler = Compiler()
+    run(compiler)
+    best = min(
+        candidates(CONFIG, LLAMA2_70B, 256, FEW),
+        key=lambda one: guess(one, CONFIG, LLAMA2_70B, TPU_V3).key,
+    )
+    assert compiler.asked[0].mesh == best.mesh
+
+
+def test_shorter_rows_are_candidates_of_their_own():
+    compiler = Compiler()
+    result = run(compiler, rows={8192: 4, 4096: 8})
+    assert {fit.candidate.seq_len for fit in result.fitting} == {8192, 4096}
+    assert "4,096" in search_table(result, CONFIG)
+
+
+def test_the_table_has_80_columns_and_the_overrides_of_the_best():
+    result = run(Compiler(), rows=MANY)
+    text = search_table(result, CONFIG)
+    assert max(map(len, text.splitlines())) <= 80
+    best, planned = result.fitting[0]
+    line = next(line for line in text.splitlines() if line.startswith(best.mesh_text))
+    assert line.split() == [
+        best.mesh_text,
+        str(best.micro_batches),
+        best.remat,
+        "8,192",
+        f"{planned.total_bytes / GIB:.2f}",
+        f"{planned.total_bytes / planned.usable_bytes:.0%}",
+        f"{planned.step_seconds:.3g}",
+        f"{planned.mfu_bound:.0%}",
+        str(best.empty_rows),
+    ]
+    assert text.endswith("\n".join(f"  {option}" for option in best.overrides(CONFIG)))
+    assert "estimates" in text
+    assert text.count("(est.)") == 2
+
+
+def test_what_is_unknown_is_a_dash_and_the_guess_decides():
+    result = run(Compiler(known=False))
+    order = [guess(fit.candidate, CONFIG, LLAMA2_70B, TPU_V3).key for fit in result.fitting]
+    assert order == sorted(order)
+    assert "       -      -" in search_table(result, CONFIG)
+
+
+def test_records_are_values_of_json():
+    result = run(Compiler())
+    records = json.loads(json.dumps(search_records(result)))
+    assert len(records["fitting"]) == len(result.fitting)
+    first = records["fitting"][0]
+    assert first["mesh"] == result.fitting[0].candidate.mesh_text
+    assert first["estimated_step_seconds"] == result.fitting[0].planned.step_seconds
+    assert records["slower"] == result.slower > 0
+
+
+def test_progress_has_a_line_for_each_compile(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    compiler = Compiler()
+    result = run(compiler, rows=MANY)
+    lines = [line for line in stream.getvalue().replace("\r", "\n").splitlines() if "GiB" in line]
+    assert len(lines) == len(compiler.asked)
+    assert sum(line.endswith("does not fit") for line in lines) == result.too_large > 0
+    assert max(map(len, lines)) <= 80
+    total = len(candidates(CONFIG, LLAMA2_70B, 256, MANY))
+    assert f"{total}/{total} |" in stream.getvalue()
+
+
+def smallest(generation, plan_of, minutes=1000, model=LLAMA2_70B, clock=lambda: 0.0):
+    return smallest_slice(
+        CONFIG,
+        model,
+        slices=slices(generation),
+        device=TPU_V3,
+        batch_rows=FEW,
+        plan_of=plan_of,
+        budget=Budget(minutes, clock),
+    )
+
+
+def test_the_smallest_slice_is_the_first_that_fits(capsys):
+    compiler = Compiler()
+    result = smallest("v3", lambda topology, one: compiler(one))
+    assert result.topology == parse_topology("v3-128")
+    assert result.tried == ["v3-8", "v3-32", "v3-64", "v3-128"]
+    assert result.found.planned.fits
+    assert not result.is_over
+    said = capsys.readouterr().err
+    # 70B at 16 bytes a parameter.
+    assert "v3-8: parameters, optimizer and gradients alone take 128.48 of 15.48 GiB" in said
+    assert said.count("v3-128: ") == len(compiler.asked)
+    assert compiler.asked[0].mesh[2] == 64
+
+
+def test_narrower_meshes_are_tried_where_the_widest_does_not_fit():
+    asked = []
+
+    def only_sixteen(topology, one):
+        asked.append((topology.name, one.mesh[2]))
+        return Planned(GIB if one.mesh[2] == 16 else 99 * GIB, 15 * GIB, None, None)
+
+    result = smallest("v3", only_sixteen)
+    assert asked == [("v3-128", 64), ("v3-128", 32), ("v3-128", 16)]
+    assert result.found.candidate.mesh == (1, 8, 16)
+
+
+def test_no_slice_at_all_and_no_time_are_told_apart():
+    never = smallest("v3", lambda topology, one: Planned(99 * GIB, 15 * GIB, None, None))
+    assert (never.topology, never.found, never.is_over) == (None, None, False)
+    assert never.tried == [topology.name for topology in slices("v3")]
+    compiler = Compiler(usable=1, minutes=1)
+    late = smallest("v3", lambda topology, one: compiler(one), minutes=4, clock=compiler.clock)
+    assert (late.topology, late.found, late.is_over) == (None, None, True)
+    assert late.tried == ["v3-8", "v3-32", "v3-64", "v3-128"]
+
+
+def test_a_small_model_fits_the_smallest_slice():
+    fits = Planned(GIB, 15 * GIB, None, None)
+    result = smallest("v3", lambda topology, one: fits, model=LLAMA2_7B)
+    assert result.topology.name == "v3-8"
