@@ -50,7 +50,5 @@ def test_interconnect_bounds_a_step():
 
 
 def test_a_device_of_unknown_peaks_promises_nothing():
-    unknown = roofline(
-        None, num_devices=8, flops=Flops(1, 2), traffic=1, wire=1, tokens=1, steps=1
-    )
+    unknown = roofline(None, num_devices=8, flops=Flops(1, 2), traffic=1, wire=1, tokens=1, steps=1)
     assert set(unknown) == {None}
