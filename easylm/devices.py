@@ -3,6 +3,7 @@
 import dataclasses
 
 GIB = 2**30
+MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -11,9 +12,9 @@ class DeviceSpec:
 
     Attributes:
       memory: bytes of main memory (HBM).
-      usable: bytes of it that a program may take. On TPU that is what the compiler names as
-        available when a program runs out (libtpu 0.0.51); the rest is the system's. On GPU it is
-        all of it: how much the driver keeps is not published.
+      usable: bytes of it that a program may take, its code included. On TPU the compiler names
+        them when a program runs out, and what it keeps for the system (libtpu 0.0.51). On GPU it
+        is all of it: how much the driver keeps is not published.
       peak_flops: dense bfloat16 FLOP/s.
       memory_bandwidth: bytes/s of main memory.
       interconnect_bandwidth: bytes/s that leave a device, over all its links together.
@@ -31,45 +32,46 @@ class DeviceSpec:
 # belong to a chip; cloud.google.com/tpu/docs/v3 gives the same 340 TB/s for 1,024 chips.
 # v4: cloud.google.com/tpu/docs/v4; Jouppi et al. 2023, arXiv:2304.01433 (six links of 50 GB/s).
 # v5e, v5p, v6e: cloud.google.com/tpu/docs/{v5e,v5p,v6e}; of their bidirectional 400, 1,200 and
-# 800 GB/s a chip, half leaves it. Of v5p the page says 95 GiB, but the compiler gives out more.
+# 800 GB/s a chip, half leaves it. Of v5p the page says
+# 95 GiB, but a program is given 95.7.
 TPU_V2 = DeviceSpec(
     memory=8 * GIB,
-    usable=int(7.48 * GIB),
+    usable=8 * GIB - 530 * MIB,
     peak_flops=45e12 / 2,
     memory_bandwidth=700e9 / 2,
     interconnect_bandwidth=4 * 496e9 / 8 / 2,
 )
 TPU_V3 = DeviceSpec(
     memory=16 * GIB,
-    usable=int(15.48 * GIB),
+    usable=16 * GIB - 530 * MIB,
     peak_flops=123e12 / 2,
     memory_bandwidth=900e9 / 2,
     interconnect_bandwidth=4 * 656e9 / 8 / 2,
 )
 TPU_V4 = DeviceSpec(
     memory=32 * GIB,
-    usable=int(30.75 * GIB),
+    usable=32 * GIB - 1283 * MIB,
     peak_flops=275e12,
     memory_bandwidth=1200e9,
     interconnect_bandwidth=6 * 50e9,
 )
 TPU_V5E = DeviceSpec(
     memory=16 * GIB,
-    usable=int(15.75 * GIB),
+    usable=16 * GIB - 258 * MIB,
     peak_flops=197e12,
     memory_bandwidth=819e9,
     interconnect_bandwidth=400e9 / 2,
 )
 TPU_V5P = DeviceSpec(
     memory=96 * GIB,
-    usable=int(95.73 * GIB),
+    usable=96 * GIB - 279 * MIB,
     peak_flops=459e12,
     memory_bandwidth=2765e9,
     interconnect_bandwidth=1200e9 / 2,
 )
 TPU_V6E = DeviceSpec(
     memory=32 * GIB,
-    usable=int(31.24 * GIB),
+    usable=32 * GIB - 776 * MIB,
     peak_flops=918e12,
     memory_bandwidth=1640e9,
     interconnect_bandwidth=800e9 / 2,
