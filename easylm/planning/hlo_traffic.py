@@ -1,0 +1,206 @@
+"""Bytes of main memory that the instructions of a compiled program read and write.
+
+A count from below, for a bound on time. Left out are: the padding of layouts; arrays in other
+memories than the main one; what a kernel reads more than once or keeps to itself, such as the
+buffers of a collective; values inside a fusion; and the old content where a slice is updated in
+place. What a custom call (a Pallas kernel) is given is taken to be read once, and what it gives
+to be written once.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Container
+
+from easylm.planning.hlo_text import Computation, Instruction, Module
+
+_FREE = {
+    "add-dependency",
+    "after-all",
+    "async-done",
+    "async-update",
+    "bitcast",
+    "constant",
+    "get-tuple-element",
+    "opt-barrier",
+    "parameter",
+    "partition-id",
+    "replica-id",
+    "tuple",
+}
+_SAME_ELEMENTS = ("bitcast", "convert", "copy", "reshape", "transpose")
+_SLICES = ("dynamic-slice", "slice", "gather")
+# Any part of what these give takes all of what they are given.
+_WHOLE = {
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-permute",
+    "convolution",
+    "custom-call",
+    "dot",
+    "reduce",
+    "reduce-scatter",
+    "reduce-window",
+    "scatter",
+    "sort",
+}
+
+
+def traffic(
+    module: Module,
+    computation: Computation,
+    instruction: Instruction,
+    continued: Container[str] = (),
+) -> int:
+    """Bytes of main memory that an instruction moves, those it calls not counted but fusions.
+
+    Args:
+      module: the program.
+      computation: the one that `instruction` is of; not a fused one.
+      instruction: no loop, conditional or call.
+      continued: names of collectives within the fusion that only go on with what another
+        fusion has started, and move nothing new.
+    """
+    opcode = instruction.opcode
+    if opcode in _FREE or _allocates(instruction):
+        return 0
+    if opcode.endswith("-done"):
+        return _whole(instruction)
+    if opcode == "fusion":
+        fused = module.computations[instruction.attribute("calls")]
+        needed = _fused_reads(module, fused, continued)
+        written = _fused_writes(instruction, fused, continued)
+    else:
+        given = [computation.instructions[name] for name in instruction.operands]
+        wanted = _wanted(instruction)
+        needed = [
+            _needs(module, instruction, position, operand.elements, wanted=wanted, in_place=True)
+            for position, operand in enumerate(given)
+        ]
+        written = 0 if opcode.endswith("-start") else _writes(computation, instruction)
+    read = {}
+    for name, elements in zip(instruction.operands, needed, strict=True):
+        bytes_ = _part(computation.instructions[name], elements)
+        read[name] = max(bytes_, read.get(name, 0))
+    return sum(read.values()) + written
+
+
+def _allocates(instruction: Instruction) -> bool:
+    return 'custom_call_target="AllocateBuffer"' in instruction.attributes
+
+
+def _whole(instruction: Instruction) -> int:
+    return sum(array.main_bytes(array.elements) for array in instruction.arrays)
+
+
+def _part(instruction: Instruction, elements: int) -> int:
+    """Bytes of so many elements of a result; of a tuple, at least."""
+    if elements >= instruction.elements:
+        return _whole(instruction)
+    return min((array.main_bytes(elements) for array in instruction.arrays), default=0)
+
+
+def _wanted(instruction: Instruction) -> int:
+    """Elements of the result of an instruction outside fusions."""
+    if instruction.opcode in ("slice-start", "dynamic-slice-start"):
+        # What it gives is (its operands, the slice, its context).
+        return instruction.arrays[len(instruction.operands)].elements
+    return instruction.elements
+
+
+def _needs(module, user: Instruction, position: int, size: int, *, wanted: int, in_place) -> int:
+    """Elements, of `size`, that `user` needs of an operand to give `wanted` of its own.
+
+    Args:
+      module, user, position: the operand is the one at this position of `user`.
+      size: elements of the operand.
+      wanted: elements of the result that somebody needs.
+      in_place: an update of a slice takes the place of its operand, so what stays is not read.
+    """
+    opcode = user.opcode.removesuffix("-start")
+    if wanted == 0 or 'custom_call_target="AsyncCollectiveDone"' in user.attributes:
+        return 0
+    if opcode in ("dynamic-update-slice", "scatter") and position == 0 and in_place:
+        return 0
+    if opcode == "fusion":
+        return _fused_reads(module, module.computations[user.attribute("calls")], ())[position]
+    if opcode in _WHOLE or (opcode in _SLICES and position > 0):
+        return size
+    return min(size, wanted)
+
+
+def _fused_reads(module: Module, fused: Computation, continued: Container[str]) -> list[int]:
+    """Elements that a fusion needs of each of its operands."""
+    results = _results(fused)
+    in_place = {_made(fused, result).name for result in results}
+    needed = Counter()
+    for result in results:
+        needed[result.name] += result.elements
+    for user in reversed(fused.instructions.values()):
+        wanted = min(needed[user.name], user.elements)
+        if user.name in continued or (user is fused.root and user.opcode == "tuple"):
+            continue
+        for position, name in enumerate(user.operands):
+            needed[name] += _needs(
+                module,
+                user,
+                position,
+                fused.instructions[name].elements,
+                wanted=wanted,
+                in_place=user.name in in_place,
+            )
+    return [min(needed[one.name], one.elements) for one in fused.parameters]
+
+
+def _results(fused: Computation) -> list[Instruction]:
+    """What a fusion gives, without what it only hands on."""
+    if fused.root.opcode != "tuple":
+        return [fused.root]
+    given = (fused.instructions[name] for name in fused.root.operands)
+    return [result for result in given if result.opcode != "parameter"]
+
+
+def _made(computation: Computation, result: Instruction) -> Instruction:
+    """The instruction that made the elements of `result`, if it is only their form that changed."""
+    while result.opcode in _SAME_ELEMENTS:
+        result = computation.instructions[result.operands[0]]
+    return result
+
+
+def _fused_writes(fusion: Instruction, fused: Computation, continued: Container[str]) -> int:
+    if fused.root.opcode != "tuple":
+        return _writes(fused, fused.root, fusion)
+    results = (fused.instructions[name] for name in fused.root.operands)
+    return sum(
+        array.main_bytes(min(array.elements, _made_elements(fused, result)))
+        for array, result in zip(fusion.arrays, results, strict=True)
+        if result.opcode != "parameter" and result.name not in continued
+    )
+
+
+def _writes(computation: Computation, made: Instruction, given: Instruction | None = None) -> int:
+    """Bytes of main memory that the result of `made` takes; `given` is the fusion around it."""
+    given = given or made
+    if len(given.arrays) == 1 and not _aliased(given, 0):
+        return given.arrays[0].main_bytes(_made_elements(computation, made))
+    arrays = enumerate(given.arrays)
+    return sum(a.main_bytes(a.elements) for index, a in arrays if not _aliased(given, index))
+
+
+def _made_elements(computation: Computation, result: Instruction) -> int:
+    """Elements of a result that are written."""
+    made = _made(computation, result)
+    if made.opcode == "dynamic-update-slice":
+        return computation.instructions[made.operands[1]].elements
+    if made.opcode == "scatter":
+        updates = made.operands[-len(made.arrays) :]
+        return sum(computation.instructions[name].elements for name in updates)
+    return result.elements
+
+
+def _aliased(instruction: Instruction, index: int) -> bool:
+    """Whether a result is one of the operands, to be updated in place."""
+    aliasing = re.search(r"\boutput_to_operand_aliasing=\{(.*?)\)\}", instruction.attributes)
+    if aliasing is None:
+        return False
+    return re.search(rf"\{{(?:{index})?\}}: \(", aliasing.group(1) + ")") is not None
