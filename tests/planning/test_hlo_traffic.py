@@ -1,0 +1,113 @@
+"""Bytes moved in memory, against XLA's own count and against what is known by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from easylm.planning.hlo_costs import program_costs
+from tests.planning.hlo_programs import array, make_mesh, text
+
+TABLE = jax.ShapeDtypeStruct((2000, 1000), jnp.float32)
+ROW = 1000 * 4
+TWO = jax.ShapeDtypeStruct((), jnp.int32)
+
+
+def traffic(function, *arguments, **options) -> int:
+    return program_costs(text(function, *arguments, **options)).traffic
+
+
+def block(x, kernels):
+    up, down = kernels
+    x = x + (jax.nn.silu(x @ up) * jnp.tanh(x @ up)) @ down
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5)
+
+
+def test_close_to_the_count_of_the_compiler_without_loops():
+    """A step of four blocks; XLA counts what each instruction touches, but each loop once."""
+
+    def loss(kernels, x):
+        for layer in range(4):
+            x = block(x, [kernel[layer] for kernel in kernels])
+        return -jax.nn.log_softmax(x)[:, 0].mean()
+
+    def step(kernels, x):
+        value, gradients = jax.value_and_grad(loss)(kernels, x)
+        return value, jax.tree.map(lambda p, g: p - 0.1 * g, kernels, gradients)
+
+    kernels = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 256, 512), (4, 512, 256))]
+    x = jax.ShapeDtypeStruct((128, 256), jnp.float32)
+    compiled = jax.jit(step).lower(kernels, x).compile()
+    counted = program_costs(compiled.as_text()).traffic
+    assert counted == pytest.approx(compiled.cost_analysis()["bytes accessed"], rel=0.1)
+
+
+@pytest.mark.parametrize("topology", ["cpu", "v3:2x2"])
+def test_each_turn_of_a_scan_reads_its_own_layer(topology):
+    """Twice the layers move twice as much; four times as much, if each read the whole stack."""
+    mesh = make_mesh(topology, 8)
+
+    def run(kernels, x):
+        return jax.lax.scan(lambda x, layer: (block(x, layer), None), x, kernels)[0]
+
+    def moved(layers):
+        shapes = ((layers, 256, 512), (layers, 512, 256))
+        kernels = [array(mesh, shape) for shape in shapes]
+        return traffic(run, kernels, array(mesh, (128, 256)))
+
+    each_layer = (moved(32) - moved(16)) / 16
+    assert each_layer == pytest.approx(moved(16) / 16, rel=0.1)
+    assert each_layer >= 2 * 256 * 512 * 4
+
+
+@pytest.mark.parametrize("topology", ["cpu", "v3:2x2"])
+def test_an_update_of_a_scan_writes_its_own_layer(topology):
+    """What a scan stacks up is written once: `layers` parts of it, not `layers` times all."""
+    mesh = make_mesh(topology, 8)
+    layers, size = 16, 128 * 256 * 4
+    moved = traffic(
+        lambda x: jax.lax.scan(lambda x, _: (x * 2, jnp.sin(x)), x, length=layers)[1],
+        array(mesh, (128, 256)),
+    )
+    # In a turn x is read and written, and a part written; the CPU's compiler adds copies of x
+    # and reads it twice. Before the first turn the stack is filled with zeros.
+    assert 3 * layers * size <= moved <= (7 * layers + 3) * size
+
+
+def test_a_slice_updated_in_place():
+    """Three rows are read, written over three of a donated table, and these two are read again."""
+
+    def run(table, rows, at):
+        table = jax.lax.dynamic_update_slice(table, rows * 2, (at, 0))
+        return table, jax.lax.dynamic_slice(table, (at, 0), (3, 1000)).sum()
+
+    rows = jax.ShapeDtypeStruct((3, 1000), jnp.float32)
+    assert traffic(run, TABLE, rows, TWO, donate_argnums=0) == pytest.approx(15 * ROW, rel=0.01)
+
+
+def test_rows_of_a_table():
+    """Seven rows are read and written; the compiler's own count is the whole table."""
+    indices = jax.ShapeDtypeStruct((7,), jnp.int32)
+    moved = traffic(lambda table, at: jnp.sin(table[at]) * 2, TABLE, indices)
+    assert moved == pytest.approx(14 * ROW, rel=0.01)
+
+
+def test_rows_added_to_a_donated_table():
+    """Seven rows are read, and written in place."""
+    indices = jax.ShapeDtypeStruct((7,), jnp.int32)
+    rows = jax.ShapeDtypeStruct((7, 1000), jnp.float32)
+    moved = traffic(lambda t, at, r: t.at[at].add(r), TABLE, indices, rows, donate_argnums=0)
+    assert moved == pytest.approx(14 * ROW, rel=0.01)
+
+
+def test_what_stays_on_the_chip_moves_nothing():
+    """A v5e keeps the products between its kernels in VMEM."""
+    mesh = make_mesh("v5e:2x2", 4)
+
+    def run(kernels, x):
+        return jax.lax.scan(lambda x, layer: (block(x, layer), None), x, kernels)[0]
+
+    kernels = [array(mesh, (4, *shape), dtype="bfloat16") for shape in ((512, 1024), (1024, 512))]
+    program = text(run, kernels, array(mesh, (1024, 512), dtype="bfloat16"))
+    least = 2 * (4 * 2 * 512 * 1024 + 2 * 1024 * 512)
+    assert least <= program_costs(program).traffic < 1.01 * least
+    assert program_costs(program.replace("S(1)", "")).traffic > 2 * least
