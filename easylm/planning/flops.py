@@ -10,7 +10,8 @@ from easylm.models.llama.config import LlamaConfig
 from easylm.trainers.config import RunConfig
 
 # Products with the head that a loss and its gradients take; see easylm/losses.py. Preferences
-# weigh a token only when all are summed, so their backward pass computes the logits again.
+# weigh a token only when all are summed, so their backward pass computes the logits again; but
+# where a row is one chunk, XLA sees that they are the same and keeps them.
 _HEAD_PRODUCTS = {"sft": 3, "dpo": 4}
 # Products of attention, each over (query, key) pairs: forward, backward. The dense formula keeps
 # its probabilities; the others compute them again, the two Pallas kernels twice, since gradients of
@@ -83,8 +84,10 @@ def step_flops(
         + pairs * _attention_flops(model, attention, config.remat)
     )
     padded_vocab = -(-model.vocab_size // tensor) * tensor
-    positions = len(rows) * _chunked(seq_len, config.loss_chunk)
-    head = _HEAD_PRODUCTS[objective] * 2 * positions * model.hidden_size * padded_vocab
+    chunks = -(-seq_len // config.loss_chunk)
+    products = _HEAD_PRODUCTS[objective] if chunks > 1 else _HEAD_PRODUCTS["sft"]
+    positions = len(rows) * chunks * -(-seq_len // chunks)  # chunks of one size: `_to_chunks`
+    head = products * 2 * positions * model.hidden_size * padded_vocab
     return Flops(asked, layers + head)
 
 
@@ -162,9 +165,3 @@ def _kernels(model: LlamaConfig, kv: int) -> dict[str, int]:
     attention = {"q_proj": embed * q, "k_proj": embed * kv, "v_proj": embed * kv}
     mlps = {"gate_proj": embed * mlp, "up_proj": embed * mlp, "down_proj": mlp * embed}
     return {**attention, "o_proj": q * embed, **mlps}
-
-
-def _chunked(seq_len: int, chunk: int) -> int:
-    """Tokens of a row whose logits are computed, filled up to whole chunks; see `_to_chunks`."""
-    chunks = -(-seq_len // chunk)
-    return chunks * -(-seq_len // chunks)

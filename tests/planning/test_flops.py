@@ -66,12 +66,8 @@ def config_of(objective, **changes):
     return dataclasses.replace(config, data=data, loss_chunk=SEQ_LEN, **changes)
 
 
-def xla_flops(objective, config, backend, kv_replicas):
-    """What XLA counts in the gradient of the loss of a batch.
-
-    Before it optimizes: a loss of one chunk is a loop of one turn, which XLA opens, and then it
-    merges the logits of the forward and the backward pass, as it cannot in a loop of several.
-    """
+def xla_flops(objective, config, backend, kv_replicas=1):
+    """What XLA counts in the compiled gradient of the loss of a batch."""
     execution = llama.Execution(
         remat=config.remat,
         attention=functools.partial(attention, backend=backend),
@@ -88,24 +84,12 @@ def xla_flops(objective, config, backend, kv_replicas):
         return target.loss_fn(nnx.merge(graph, params), batch, jax.random.key(0))[0]
 
     gradient = jax.jit(jax.value_and_grad(loss))
-    lowered = gradient.lower(llama.abstract_params(MODEL), target.batch)
-    return lowered.cost_analysis()["flops"]
+    compiled = gradient.lower(llama.abstract_params(MODEL), target.batch).compile()
+    return compiled.cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize(
-    "objective, remat, backend, tensor",
-    [
-        ("sft", "none", "reference", 1),
-        ("sft", "dots", "reference", 1),
-        ("sft", "block", "blockwise", 1),
-        ("dpo", "none", "blockwise", 4),
-        ("dpo", "dots", "blockwise", 1),
-        ("dpo", "block", "reference", 1),
-    ],
-)
-def test_hardware_flops_are_those_that_xla_counts(objective, remat, backend, tensor):
-    config = config_of(objective, remat=remat)
-    ours = step_flops(
+def hardware_flops(objective, config, backend, tensor=1):
+    return step_flops(
         config,
         MODEL,
         ROWS,
@@ -114,11 +98,37 @@ def test_hardware_flops_are_those_that_xla_counts(objective, remat, backend, ten
         platform="cpu",
         tensor=tensor,
         rows_at_once=len(ROWS),
-    )
+    ).hardware
+
+
+@pytest.mark.parametrize(
+    "objective, remat, backend, tensor",
+    [
+        ("sft", "none", "reference", 1),
+        ("sft", "dots", "blockwise", 1),
+        ("sft", "block", "reference", 1),
+        ("dpo", "none", "blockwise", 4),
+        ("dpo", "dots", "blockwise", 1),
+        ("dpo", "block_sharded", "blockwise", 1),
+    ],
+)
+def test_hardware_flops_are_those_that_xla_counts(objective, remat, backend, tensor):
+    config = config_of(objective, remat=remat)
     replicas = max(1, tensor // MODEL.num_key_value_heads)
-    theirs = xla_flops(objective, config, backend, replicas)
     # XLA counts additions too, half a percent here.
-    assert ours.hardware == pytest.approx(theirs, rel=0.01)
+    theirs = xla_flops(objective, config, backend, replicas)
+    assert hardware_flops(objective, config, backend, tensor) == pytest.approx(theirs, rel=0.01)
+
+
+def test_preferences_compute_logits_twice_where_a_row_is_several_chunks():
+    config = config_of("dpo", remat="none")
+    chunked = dataclasses.replace(config, loss_chunk=SEQ_LEN // 2)
+    logits = 2 * len(ROWS) * SEQ_LEN * MODEL.hidden_size * MODEL.vocab_size
+    ours = hardware_flops("dpo", chunked, "blockwise")
+    assert ours == hardware_flops("dpo", config, "blockwise") + logits
+    # XLA counts the body of a loop once: half of the four products.
+    theirs = xla_flops("dpo", chunked, "blockwise") + 4 * logits / 2
+    assert ours == pytest.approx(theirs, rel=0.01)
 
 
 def test_pairs_of_blocks_are_those_that_blockwise_attention_computes():
