@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import topologies
 
 from easylm.attention import attention
 from easylm.attention.blockwise import _pairs
@@ -15,9 +16,12 @@ from easylm.models.llama import model as llama
 from easylm.models.llama.presets import PRESETS
 from easylm.models.llama.rope import rope_angles
 from easylm.planning.flops import block_pairs, count_parameters, step_flops
+from easylm.sharding import make_mesh
+from easylm.trainers.build import build
 from easylm.trainers.config import DpoConfig, SftConfig
 from easylm.trainers.dpo import dpo_objective
 from easylm.trainers.sft import sft_objective
+from tests.planning.hlo_programs import compiled
 from tests.tiny import packed_rows
 
 # Wide enough that products are nearly all of its work; one block of blockwise attention.
@@ -84,8 +88,8 @@ def xla_flops(objective, config, backend, kv_replicas=1):
         return target.loss_fn(nnx.merge(graph, params), batch, jax.random.key(0))[0]
 
     gradient = jax.jit(jax.value_and_grad(loss))
-    compiled = gradient.lower(llama.abstract_params(MODEL), target.batch).compile()
-    return compiled.cost_analysis()["flops"]
+    program = gradient.lower(llama.abstract_params(MODEL), target.batch).compile()
+    return program.cost_analysis()["flops"]
 
 
 def hardware_flops(objective, config, backend, tensor=1):
@@ -129,6 +133,40 @@ def test_preferences_compute_logits_twice_where_a_row_is_several_chunks():
     # XLA counts the body of a loop once: half of the four products.
     theirs = xla_flops("dpo", chunked, "blockwise") + 4 * logits / 2
     assert ours == pytest.approx(theirs, rel=0.01)
+
+
+def test_the_tpu_compiler_counts_the_same_for_a_step_over_shards():
+    # One block of attention and one chunk of the loss, so that every loop but the one over the
+    # layers has one turn; XLA counts the body of that once, as a model of one layer.
+    pytest.importorskip("libtpu", reason="the TPU's compiler is not installed")
+    devices = topologies.get_topology_desc("v3:2x4", platform="tpu").devices
+    mesh = make_mesh("1,1,16", devices)
+    config = config_of("sft", remat="block_sharded", compute_dtype="bfloat16")
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, seq_len=512), loss_chunk=512
+    )
+    model = dataclasses.replace(MODEL, num_attention_heads=16, num_key_value_heads=8)
+    objective = sft_objective(config, rows=1)
+    step = build(
+        config,
+        model=model,
+        mesh=mesh,
+        loss_fn=objective.loss_fn,
+        batch=objective.batch,
+        total_steps=9,
+    )
+    program = compiled(step.step, step.state, step.batch)
+    ours = step_flops(
+        config,
+        dataclasses.replace(model, num_hidden_layers=1),
+        [[512]],
+        objective="sft",
+        attention="blockwise",
+        platform="tpu",
+        tensor=16,
+        rows_at_once=1,
+    )
+    assert ours.hardware == pytest.approx(16 * program.cost_analysis()["flops"], rel=0.03)
 
 
 def test_pairs_of_blocks_are_those_that_blockwise_attention_computes():
