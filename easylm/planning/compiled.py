@@ -1,0 +1,112 @@
+"""What the compiler says of a step, kept on disk so that it is asked once."""
+
+import dataclasses
+import hashlib
+import os
+import time
+
+import jax
+import jaxlib
+
+from easylm import storage
+from easylm.config import read_json, write_json
+from easylm.planning.hlo_costs import Collective, program_costs
+from easylm.planning.overflow import Overflow, Temporary, is_overflow, read_overflow
+from easylm.planning.topology import Topology
+from easylm.trainers.build import Program
+
+CACHE = "~/.cache/easylm/plans"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled step; everything in it is of one device, and of one step.
+
+    Attributes:
+      arguments: bytes of the state and the batch, as the compiler lays them out.
+      temporaries: bytes that exist during a step only.
+      code: bytes of the program.
+      overflow: what did not fit; then the other fields are 0 or empty.
+      collectives: what is sent between devices, by kind.
+      traffic: bytes of main memory read and written, at least.
+      seconds: that compiling took when it was done.
+    """
+
+    arguments: int = 0
+    temporaries: int = 0
+    code: int = 0
+    overflow: Overflow | None = None
+    collectives: tuple[Collective, ...] = ()
+    traffic: int = 0
+    seconds: float = 0.0
+
+    @property
+    def total(self) -> int:
+        """Bytes of memory that the step takes, or would take."""
+        if self.overflow is not None:
+            return self.overflow.needed
+        return self.arguments + self.temporaries + self.code
+
+
+def compile_step(program: Program, topology: Topology, cache: str = CACHE) -> tuple[Compiled, bool]:
+    """Compiles a step with the compiler of its devices, unless that has been done before.
+
+    Args:
+      program: the step.
+      topology: where it is compiled for.
+      cache: folder of what was compiled before.
+    Returns:
+      (what was found, whether it was known).
+    """
+    lowered = program.jitted().lower(program.state, program.batch)
+    path = f"{os.path.expanduser(cache)}/{_key(lowered, topology)}.json"
+    if storage.exists(path):
+        return _load(path), True
+    started = time.perf_counter()
+    try:
+        executable = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not is_overflow(error):
+            raise
+        found = Compiled(overflow=read_overflow(lowered), seconds=time.perf_counter() - started)
+    else:
+        seconds = time.perf_counter() - started
+        memory, costs = executable.memory_analysis(), program_costs(executable.as_text())
+        found = Compiled(
+            # What comes out lies where the donated state lay; only the metrics do not.
+            arguments=memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes,
+            temporaries=memory.temp_size_in_bytes,
+            code=memory.generated_code_size_in_bytes,
+            collectives=costs.collectives,
+            traffic=costs.traffic,
+            seconds=seconds,
+        )
+    write_json(found, path)
+    return found, False
+
+
+def _key(lowered, topology: Topology) -> str:
+    """Of the program and all that compiles it; the lines of source are no part of it."""
+    versions = (jax.__version__, jaxlib.__version__, *_compiler_version(topology))
+    text = "\n".join((topology.platform, topology.shape, *versions, lowered.as_text()))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _compiler_version(topology: Topology) -> tuple[str, ...]:
+    if topology.platform != "tpu":
+        return ()
+    import libtpu
+
+    return (libtpu.__version__,)
+
+
+def _load(path: str) -> Compiled:
+    fields = read_json(path)
+    overflow = fields["overflow"]
+    if overflow is not None:
+        largest = tuple(Temporary(*of) for of in overflow[2])
+        fields["overflow"] = Overflow(*overflow[:2], largest)
+    fields["collectives"] = tuple(Collective(*of) for of in fields["collectives"])
+    return Compiled(**fields)
