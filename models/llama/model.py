@@ -265,8 +265,6 @@ class Llama(nnx.Module):
             return out, None
 
         def step(x, layer):
-            # Else the compiler casts all layers to the compute dtype before the loop, and keeps them.
-            x, layer = jax.lax.optimization_barrier((x, layer))
             return nnx.merge(block, layer)(x, cos, sin, attend)
 
         if execution.remat != "none":
