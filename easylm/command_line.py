@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Generic, NamedTuple, NoReturn, TypeVar
 
 from absl import flags
@@ -16,11 +16,30 @@ from easylm.errors import InputError
 _Config = TypeVar("_Config")
 
 
+class Flag(NamedTuple):
+    """An option of one command, beside --config and the fields of the config.
+
+    Attributes:
+      kind: bool, float or str.
+      default: where it is not given.
+      shown: what stands for its value in the help; nothing for a bool.
+      text: what it does.
+    """
+
+    kind: type
+    default: bool | float | str
+    shown: str
+    text: str
+
+
 class CommandLine(NamedTuple, Generic[_Config]):
     """What a command line says: the checked config, and the folder for the results."""
 
     config: _Config
     workdir: str
+
+
+_WORKDIR = {"workdir": Flag(str, "", "DIR", "Folder for all results, local or gs://.")}
 
 
 def parse_command_line(
@@ -33,6 +52,32 @@ def parse_command_line(
 ) -> CommandLine[_Config]:
     """Reads `--config=PATH|NAME --workdir=DIR [--config.FIELD=VALUE ...]`; the last value wins.
 
+    Args:
+      argv, config_class, program, description: as of `parse_config`.
+      workdir_required: whether --workdir must be given; else it may be empty.
+    Raises:
+      InputError: as `parse_config`.
+    """
+    workdir = "--workdir=DIR" if workdir_required else "[--workdir=DIR]"
+    config, named = parse_config(
+        argv, config_class, program, description, usage=workdir, own=_WORKDIR
+    )
+    if workdir_required and not named["workdir"]:
+        raise InputError("--workdir: not given; wanted a folder (local or gs://) for the results")
+    return CommandLine(config, os.path.expanduser(named["workdir"]))
+
+
+def parse_config(
+    argv: Sequence[str],
+    config_class: type[_Config],
+    program: str,
+    description: str,
+    *,
+    usage: str,
+    own: Mapping[str, Flag],
+) -> tuple[_Config, dict]:
+    """Reads `--config=PATH|NAME`, overrides of its fields, and the command's own options.
+
     `--help` prints every option on stdout and exits 0; beside --config it shows what that file
     says about itself, and its values in place of the defaults.
 
@@ -41,26 +86,25 @@ def parse_command_line(
       config_class: the dataclass that the config fills.
       program: what is typed to start the command.
       description: what it does, for --help.
-      workdir_required: whether --workdir must be given; else it may be empty.
+      usage: the command's own options as its usage shows them.
+      own: the same by name.
+    Returns:
+      (the checked config, the values of the command's own options).
     Raises:
       InputError: an unknown option, or anything that `load` and `from_config_dict` refuse.
     """
-    named, overrides = _split(argv)
+    named, overrides = _split(argv, own)
     kinds = {path: kind for path, kind, _ in options(config_class)}
     file = load(named.config) if named.config else None
     config = file.config if file else to_config_dict(config_class)
     for argument in overrides:
-        _override(config, argument, kinds)
+        _override(config, argument, kinds, own)
     if named.help:
-        workdir = "--workdir=DIR" if workdir_required else "[--workdir=DIR]"
-        usage = f"usage: {program} --config=PATH|NAME {workdir} [--config.FIELD=VALUE ...]"
-        _print_help(usage, description, config_class, config, file)
+        usage = f"usage: {program} --config=PATH|NAME {usage} [--config.FIELD=VALUE ...]"
+        _print_help(usage, description, config_class, config, file, own)
     if file is None:
         raise InputError(f"--config: not given; wanted a path or a name. See {program} --help")
-    checked = from_config_dict(config_class, config)
-    if workdir_required and not named.workdir:
-        raise InputError("--workdir: not given; wanted a folder (local or gs://) for the results")
-    return CommandLine(checked, os.path.expanduser(named.workdir))
+    return from_config_dict(config_class, config), {name: named[name].value for name in own}
 
 
 def choose_class(argv: Sequence[str], config_classes: Sequence[type]) -> type:
@@ -72,7 +116,7 @@ def choose_class(argv: Sequence[str], config_classes: Sequence[type]) -> type:
     Raises:
       InputError: as `load`.
     """
-    named, _ = _split(argv)
+    named, _ = _split(argv, {})
     fields = set(load(named.config).config) if named.config else set()
     for config_class in config_classes:
         if fields <= {field.name for field in dataclasses.fields(config_class)}:
@@ -80,13 +124,15 @@ def choose_class(argv: Sequence[str], config_classes: Sequence[type]) -> type:
     return config_classes[0]
 
 
-def _split(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
+def _split(argv: Sequence[str], own: Mapping[str, Flag]) -> tuple[flags.FlagValues, list[str]]:
     """The options proper, and the other arguments in their order."""
+    define = {str: flags.DEFINE_string, bool: flags.DEFINE_bool, float: flags.DEFINE_float}
     named = flags.FlagValues()
     named.set_gnu_getopt(True)
     flags.DEFINE_string("config", "", "", flag_values=named)
-    flags.DEFINE_string("workdir", "", "", flag_values=named)
     flags.DEFINE_bool("help", False, "", short_name="h", flag_values=named)
+    for name, flag in own.items():
+        define[flag.kind](name, flag.default, "", flag_values=named)
     try:
         _, *others = named(["", *argv], known_only=True)
     except flags.Error as error:
@@ -94,7 +140,9 @@ def _split(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     return named, others
 
 
-def _override(config: config_dict.ConfigDict, argument: str, kinds: dict[str, Kind]) -> None:
+def _override(
+    config: config_dict.ConfigDict, argument: str, kinds: dict[str, Kind], own: Mapping[str, Flag]
+) -> None:
     """Applies one `--config.FIELD=VALUE` to `config`."""
     name, equals, value = argument.partition("=")
     path = name.removeprefix("--config.")
@@ -102,9 +150,10 @@ def _override(config: config_dict.ConfigDict, argument: str, kinds: dict[str, Ki
         fields = [f"--config.{known}" for known in kinds]
         if any(field.startswith(f"{name}.") for field in fields):
             raise InputError(f"{name}: found a section; wanted {name}.FIELD=VALUE")
+        proper = ", ".join(f"--{one}" for one in ("config", *own, "help"))
         raise InputError(
-            f"{name}: no such option; wanted --config, --workdir, --help or "
-            f"--config.FIELD=VALUE.{suggest(name.lstrip('-'), fields)}"
+            f"{name}: no such option; wanted {proper} or "
+            f"--config.FIELD=VALUE.{suggest(name.lstrip('-'), [*(f'--{one}' for one in own), *fields])}"
         )
     if not equals:
         raise InputError(f"{name}: found no value; wanted {name}=VALUE")
@@ -130,6 +179,7 @@ def _print_help(
     config_class: type,
     config: config_dict.ConfigDict,
     file: ConfigFile | None,
+    own: Mapping[str, Flag],
 ) -> NoReturn:
     parts = [_fill(usage, "", "         "), description.strip()]
     if file:
@@ -140,7 +190,10 @@ def _print_help(
             "--config=PATH|NAME",
             "A Python config file, or the name of one in configs/ without .py.",
         ),
-        _entry("--workdir=DIR", "Folder for all results, local or gs://."),
+        *(
+            _entry(f"--{name}={flag.shown}" if flag.shown else f"--{name}", flag.text)
+            for name, flag in own.items()
+        ),
         "fields, with their values{}:".format(" in this config" if file else " by default"),
     ]
     for path, kind, text in options(config_class):

@@ -30,6 +30,9 @@ class RunConfig:
     )
     seed: int = option(42, "Of the data order and of random weights.")
     mesh: str = option("1,-1,1", "Devices along data,fsdp,tensor; one may be -1 (what is left).")
+    pod: str = option(
+        "", "The slice it is meant for, such as v3-256: what plan compiles for; runs anywhere."
+    )
     cpu_devices: int | None = option(
         None, "Virtual devices to make where jax runs on a CPU; none: one, or XLA_FLAGS decides."
     )

@@ -125,6 +125,12 @@ class DataConfig:
         "~/.cache/easylm/prepared", "Folder of encoded data, which later runs use; may be gs://."
     )
     processes: int | None = option(None, "Processes that encode; none: one per core.")
+    expected_examples: int | None = option(
+        None, "Examples that sources hold, by whoever wrote the config; plan then reads none."
+    )
+    expected_mean_tokens: float | None = option(
+        None, "Their mean length, for plan; of a pair, both sequences together."
+    )
     show: int = option(0, "Examples printed before training, their trained tokens marked.")
 
     def __post_init__(self):
@@ -133,7 +139,14 @@ class DataConfig:
         require(bool(self.cache), "cache", self.cache, "a folder")
         at_least(self, 2, "seq_len")
         at_least(self, 0, "show")
-        at_least(self, 1, "processes")
+        at_least(self, 1, "processes", "expected_examples", "expected_mean_tokens")
+        known = self.expected_examples is None, self.expected_mean_tokens is None
+        require(
+            known[0] == known[1],
+            "expected_examples",
+            self.expected_examples,
+            f"it beside expected_mean_tokens ({self.expected_mean_tokens}), or neither",
+        )
         at_least(self, 300, "tokenizer_vocab_size")  # 256 bytes, special tokens, some pieces
         require(
             not (self.tokenizer and self.tokenizer_vocab_size),

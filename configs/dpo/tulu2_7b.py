@@ -41,6 +41,7 @@ def get_config():
     config.batch_examples = 32
     config.eval_every = 500
 
+    config.pod = "v3-256"
     config.mesh = "1,8,32"
     config.param_dtype = "float32"
     config.compute_dtype = "bfloat16"
@@ -56,6 +57,8 @@ def get_config():
 
     config.data.sources = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"
     config.data.eval_sources = "HuggingFaceH4/ultrafeedback_binarized:test_prefs"
+    config.data.expected_examples = 61_135
+    config.data.expected_mean_tokens = 1000.0
     config.data.seq_len = 8192
     config.data.on_bad_row = "skip"
 

@@ -21,6 +21,7 @@ from easylm.configs.sft import tulu1_7b
 def get_config():
     config = tulu1_7b.get_config()
     config.init_from = "huggyllama/llama-65b"
+    config.pod = "v3-256"
     config.data.seq_len = 1024
     config.optimizer.learning_rate = 1e-5
     return config

@@ -37,6 +37,7 @@ def get_config():
     config.loss_weighting = "microbatch"
     config.loss_group = 2
 
+    config.pod = "v3-128"
     config.mesh = "1,-1,8"
     config.param_dtype = "float32"
     config.compute_dtype = "bfloat16"
@@ -45,6 +46,8 @@ def get_config():
     config.loss_chunk = 512
 
     config.data.sources = "allenai/tulu-v1-sft-mixture"
+    config.data.expected_examples = 489_818
+    config.data.expected_mean_tokens = 720.0
     config.data.seq_len = 2048
     config.data.eos_newline = "strip"
     config.data.on_bad_row = "skip"

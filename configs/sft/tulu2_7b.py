@@ -38,6 +38,7 @@ def get_config():
     config.loss_weighting = "microbatch"
     config.loss_group = 32
 
+    config.pod = "v3-256"
     config.mesh = "1,-1,8"
     config.param_dtype = "float32"
     config.compute_dtype = "bfloat16"
@@ -48,6 +49,8 @@ def get_config():
     config.model.max_position_embeddings = 8192  # LLaMA 2 was made for 4,096
 
     config.data.sources = "allenai/tulu-v2-sft-mixture"
+    config.data.expected_examples = 326_154
+    config.data.expected_mean_tokens = 1097.0
     config.data.seq_len = 8192
     config.data.eos_newline = "strip"
     config.data.on_bad_row = "skip"

@@ -100,7 +100,7 @@ class BatchStream:
         self.seq_len = seq_len
         self.batch_rows = batch_rows
         self.rows_per_batch = -(-batch_rows // row_multiple) * row_multiple
-        self._segment_lengths, self.lay_out = segment_lengths, lay_out
+        self.segment_lengths, self.lay_out = segment_lengths, lay_out
         lengths = segment_lengths.sum(axis=1)
         plans: list[Plan] = []
         rows = 0
@@ -164,7 +164,7 @@ class BatchStream:
         In the order of the run, `[seen, segments]`.
         """
         rows = min(self._steps * self.batch_rows, len(self._plan))
-        return self._segment_lengths[self._plan.ids[: self._plan.starts[rows]]]
+        return self.segment_lengths[self._plan.ids[: self._plan.starts[rows]]]
 
     @property
     def fill(self) -> float:

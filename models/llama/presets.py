@@ -128,3 +128,25 @@ PRESETS = {
     "llama3_2_1b": LLAMA3_2_1B,
     "llama3_2_3b": LLAMA3_2_3B,
 }
+
+# Models on the Hugging Face hub that have exactly these sizes, by name.
+PUBLISHED = {
+    "huggyllama/llama-7b": LLAMA_7B,
+    "huggyllama/llama-13b": LLAMA_13B,
+    "huggyllama/llama-30b": LLAMA_30B,
+    "huggyllama/llama-65b": LLAMA_65B,
+    "meta-llama/Llama-2-7b-hf": LLAMA2_7B,
+    "meta-llama/Llama-2-13b-hf": LLAMA2_13B,
+    "meta-llama/Llama-2-70b-hf": LLAMA2_70B,
+    "codellama/CodeLlama-7b-hf": CODELLAMA_7B,
+    "codellama/CodeLlama-13b-hf": CODELLAMA_13B,
+    "codellama/CodeLlama-34b-hf": CODELLAMA_34B,
+    "meta-llama/Llama-3.1-8B": LLAMA3_1_8B,
+    "meta-llama/Llama-3.1-70B": LLAMA3_1_70B,
+    "meta-llama/Llama-3.2-1B": LLAMA3_2_1B,
+    "meta-llama/Llama-3.2-3B": LLAMA3_2_3B,
+    # Tülu 2 was trained on rows of 8,192 tokens.
+    "allenai/tulu-2-7b": replace(LLAMA2_7B, max_position_embeddings=8192),
+    "allenai/tulu-2-13b": replace(LLAMA2_13B, max_position_embeddings=8192),
+    "allenai/tulu-2-70b": replace(LLAMA2_70B, max_position_embeddings=8192),
+}
