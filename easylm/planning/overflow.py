@@ -58,20 +58,20 @@ class Overflow(NamedTuple):
     Attributes:
       needed: by the program, rounded by the compiler to 0.01 GiB.
       usable: by a program, rounded alike.
+      largest: of the temporaries, those that take the most together first; at most 16.
       arguments: parameters, optimizer's state and batch; results take their place.
       temporaries: all that lives within a step.
-      largest: of the temporaries, those that take the most together first; at most 16.
     """
 
     needed: int
     usable: int
+    largest: tuple[Temporary, ...]
     arguments: int
     temporaries: int
-    largest: tuple[Temporary, ...]
 
 
 class _Buffer(NamedTuple):
-    name: str
+    instruction: str
     is_phi: bool
     size: int
     offset: int
@@ -142,8 +142,13 @@ def _read_assignment(text: str) -> tuple[dict[str, int], dict[str, _Buffer]]:
                 sizes[kind] += int(size)
         elif kind == "preallocated-temp" and (value := _VALUE.match(line)):
             index = value["index"] if value["index"] not in (None, "{}") else ""
-            name, size, offset = value["name"] + index, int(value["size"]), int(value["offset"])
-            buffers[name] = _Buffer(name, bool(value["phi"]), size, offset, value["shape"])
+            buffers[value["name"] + index] = _Buffer(
+                instruction=value["name"],
+                is_phi=bool(value["phi"]),
+                size=int(value["size"]),
+                offset=int(value["offset"]),
+                shape=value["shape"],
+            )
     return sizes, buffers
 
 
@@ -163,18 +168,19 @@ def _alive_at_peak(text: str, buffers: dict[str, _Buffer]) -> list[_Buffer]:
 def _origin(buffer: _Buffer, buffers: dict[str, _Buffer], program: "_Program") -> tuple[str, str]:
     """(line, operation) of what makes that which `buffer` holds.
 
-    What a loop carries has no line of its own: those of what else is kept in its place do.
+    What a loop carries has no line of its own: those of what else is kept in its place do. Zeros
+    that a loop is to fill have none either, but what fills others of the same shape.
     """
     place = (buffer.offset, buffer.shape)
-    same = [
-        other.name
-        for other in buffers.values()
-        if not other.is_phi and (other.offset, other.shape) == place
-    ]
-    origins = [program.origin(name) for name in (buffer.name, *same)]
-    with_line = [origin for origin in origins if origin[0]]
-    with_operation = [origin for origin in origins if origin[1]]
-    return next(iter(with_line or with_operation), ("", buffer.name))
+    makers = [other for other in buffers.values() if not other.is_phi]
+    same_place = [other for other in makers if (other.offset, other.shape) == place]
+    same_shape = [other for other in makers if other.shape == buffer.shape]
+    origins = [program.origin(other.instruction) for other in (buffer, *same_place, *same_shape)]
+    # Loops and calls hand on what something in them makes.
+    telling = [origin for origin in origins if not re.search(r"(while|call)$", origin[1])]
+    for known in (origin for part in (1, 0) for origin in telling if origin[1 - part]):
+        return known
+    return next(filter(any, origins), ("", buffer.instruction))
 
 
 class _Program:
