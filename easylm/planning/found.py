@@ -53,7 +53,7 @@ class Search:
       fitting: the compiled ones that fit, fastest first.
       too_large: how many were compiled and do not fit.
       pruned: how many cannot fit, since their state alone, or a smaller program, does not.
-      slower: how many were left out since one of their mesh that fits looks at least as fast.
+      slower: how many were left out since one that fits looks faster.
       untried: how many the budget left no time for.
     """
 
@@ -84,8 +84,8 @@ class Progress:
 
     def start(self, one: Candidate, settled: int, time_left: str) -> None:
         """Says what is being compiled, how many are settled, and how much time there is."""
-        self._bar.update(settled - self._bar.n)
-        text = f"{one.mesh_text} {one.remat}; {time_left} of the budget left"
+        self._bar.n = settled
+        text = f"{one.mesh_text} {one.micro_batches} {one.remat}; {time_left} of the budget left"
         self._bar.set_description_str(text, refresh=self._is_live)
 
     def tell(self, one: Candidate, planned: Planned) -> None:
@@ -94,8 +94,8 @@ class Progress:
 
     def close(self, settled: int) -> None:
         """Leaves the bar as it is."""
-        self._bar.update(settled - self._bar.n)
-        self._bar.set_description_str("", refresh=False)
+        self._bar.n = settled
+        self._bar.set_description_str("")
         self._bar.close()
 
 
@@ -164,7 +164,7 @@ def _counts(result: Search) -> list[str]:
     reasons = {
         "too_large": "were compiled and do not fit",
         "pruned": "cannot fit: their state alone, or a smaller program, does not",
-        "slower": "look no faster than one of the same mesh that fits",
+        "slower": "look no faster than what fits",
         "untried": "were not tried: the time is used up (--budget_minutes)",
     }
     counts = {text: getattr(result, name) for name, text in reasons.items()}
