@@ -85,8 +85,9 @@ def advice(
 ) -> list[str]:
     """What to change, with what it is worth; what saves the most first, a larger slice last.
 
-    The savings are estimates from the sizes of what is alive at the peak; the compiler may find
-    others, so plan again. Each change is one that this config and model allow.
+    The savings are estimates from the sizes of what is alive at the peak. Where they make another
+    moment of the step the peak, less is saved, so plan again. Each change is one that this config
+    and model allow.
 
     Args:
       config: the run's.
@@ -96,7 +97,7 @@ def advice(
       rows: of a step as they lie on the mesh, the empty ones that fill it included.
       topology: its machines.
     Returns:
-      lines such as "--config.remat=block: about 9.4 GiB less, 11.2 in all: ...".
+      lines such as "--config.remat=block: up to 9.4 GiB less, 11.2 in all: ...".
     """
     run = _Run(config, model, mesh, rows, topology, overflow)
     shares = _shares(run)
@@ -111,7 +112,7 @@ def advice(
     found = [*sorted(found, reverse=True), *_larger_slice(run, shares)]
     worth = [one for one in found if one[0] > _LEAST * overflow.needed]
     return [
-        f"{change}: about {saving / _GIB:.1f} GiB less, {(overflow.needed - saving) / _GIB:.1f} in "
+        f"{change}: up to {saving / _GIB:.1f} GiB less, {(overflow.needed - saving) / _GIB:.1f} in "
         f"all: {reason}"
         for saving, change, reason in worth
     ]

@@ -176,11 +176,13 @@ def _origin(buffer: _Buffer, buffers: dict[str, _Buffer], program: "_Program") -
     same_place = [other for other in makers if (other.offset, other.shape) == place]
     same_shape = [other for other in makers if other.shape == buffer.shape]
     origins = [program.origin(other.instruction) for other in (buffer, *same_place, *same_shape)]
-    # Loops and calls hand on what something in them makes.
-    telling = [origin for origin in origins if not re.search(r"(while|call)$", origin[1])]
-    for known in (origin for part in (1, 0) for origin in telling if origin[1 - part]):
-        return known
-    return next(filter(any, origins), ("", buffer.instruction))
+    # Loops and calls hand on what something in them makes, and broadcast zeros are to be filled.
+    telling = [
+        origin for origin in origins if not re.search(r"(while|call|broadcast_in_dim)$", origin[1])
+    ]
+    with_line = [origin for origin in telling if origin[0]]
+    known = [*with_line, *filter(any, telling), *filter(any, origins)]
+    return known[0] if known else ("", buffer.instruction)
 
 
 class _Program:
