@@ -6,10 +6,8 @@ from typing import NamedTuple, Protocol
 
 import tqdm
 
-from easylm.command import wrap_line
 from easylm.devices import GIB
 from easylm.planning.candidates import Candidate
-from easylm.planning.topology import Topology
 from easylm.trainers.config import RunConfig
 
 _HEAD = """\
@@ -71,22 +69,6 @@ class Search:
         return len(self.fitting) + self.too_large + self.pruned + self.slower
 
 
-class Smallest(NamedTuple):
-    """The smallest slice that fits.
-
-    Attributes:
-      topology: the slice; None if there is none, or the budget was over before it was found.
-      found: the program on it that needs the least memory, of those that were tried.
-      too_small: names of the slices that do not fit, smallest first.
-      is_over: whether the budget ended the search.
-    """
-
-    topology: Topology | None
-    found: Found | None
-    too_small: list[str]
-    is_over: bool
-
-
 class Progress:
     """A bar on stderr that counts settled candidates, and a line above it for each compile."""
 
@@ -139,25 +121,6 @@ def search_table(result: Search, config: RunConfig) -> str:
             *_counts(result),
             "The first of them:",
             *(f"  {override}" for override in best.overrides(config)),
-        ]
-    )
-
-
-def smallest_text(result: Smallest, config: RunConfig) -> str:
-    """The slice, what it was told from, and how to run there; 80 columns."""
-    too_small = [wrap_line("do not fit: " + ", ".join(result.too_small))] * bool(result.too_small)
-    if result.is_over:
-        return "\n".join([*too_small, "The time is used up: --budget_minutes gives more."])
-    if result.topology is None:
-        return "\n".join([*too_small, "No slice of this generation fits."])
-    name, (one, planned) = result.topology.name, result.found
-    return "\n".join(
-        [
-            *too_small,
-            f"{name} is the smallest slice that fits, in a way that takes little memory:",
-            outcome(one, planned),
-            *(f"  {override}" for override in one.overrides(config)),
-            f"--topology={name} --search finds the fastest.",
         ]
     )
 

@@ -6,12 +6,13 @@ What compiles a candidate is given, so that all this is arithmetic.
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from easylm.command import say
 from easylm.devices import GIB, DeviceSpec
 from easylm.models.llama.config import LlamaConfig
 from easylm.planning.candidates import Candidate, candidates, guess, least_bytes, smallest
-from easylm.planning.found import Found, Planned, Progress, Search, Smallest, outcome
+from easylm.planning.found import Found, Planned, Progress, Search, outcome
 from easylm.planning.topology import Topology
 from easylm.trainers.config import RunConfig
 
@@ -131,6 +132,22 @@ def _settles(one: Candidate, others: Sequence[Candidate], guesses: Guesses) -> i
     return min(if_it_fits, if_not)
 
 
+class Smallest(NamedTuple):
+    """The smallest slice that fits.
+
+    Attributes:
+      topology: the slice; None if there is none, or the budget was over before it was found.
+      found: a way to run on it, the one that needs the least memory.
+      tried: names of the slices that were tried, smallest first.
+      is_over: whether the budget ended the search.
+    """
+
+    topology: Topology | None
+    found: Found | None
+    tried: list[str]
+    is_over: bool
+
+
 def smallest_slice(
     config: RunConfig,
     model: LlamaConfig,
@@ -145,17 +162,17 @@ def smallest_slice(
 
     A line on stderr tells of each compile, and of each slice that the state alone is too large for.
     """
-    too_small = []
+    tried = []
     for topology in slices:
         for one in _smallest_programs(config, model, topology, device, batch_rows):
             if budget.is_over():
-                return Smallest(None, None, too_small, is_over=True)
+                return Smallest(None, None, tried, is_over=True)
             planned = plan_of(topology, one)
             say(f"{topology.name}: {outcome(one, planned)}")
             if planned.fits:
-                return Smallest(topology, Found(one, planned), too_small, is_over=False)
-        too_small.append(topology.name)
-    return Smallest(None, None, too_small, is_over=False)
+                return Smallest(topology, Found(one, planned), [*tried, topology.name], False)
+        tried.append(topology.name)
+    return Smallest(None, None, tried, is_over=False)
 
 
 def _smallest_programs(
