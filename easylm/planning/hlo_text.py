@@ -69,8 +69,15 @@ class Instruction:
         return sum(array.elements for array in self.arrays)
 
     def attribute(self, key: str) -> str:
-        """The first word of an attribute, such as a computation's name or a number."""
-        return re.search(rf"\b{key}=%?([\w.-]+)", self.attributes).group(1)
+        """The first word of an attribute, such as a computation's name or a number.
+
+        Raises:
+          ValueError: the instruction has no such attribute.
+        """
+        found = re.search(rf"\b{key}=%?([\w.-]+)", self.attributes)
+        if found is None:
+            raise ValueError(f"{self.opcode} {self.name} has no {key}")
+        return found.group(1)
 
     def branches(self) -> list[str]:
         """Names of the computations that a conditional chooses from."""

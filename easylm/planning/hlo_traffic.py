@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Container
 
-from easylm.planning.hlo_text import Computation, Instruction, Module
+from easylm.planning.hlo_text import Array, Computation, Instruction, Module
 
 _FREE = {
     "add-dependency",
@@ -28,7 +28,6 @@ _FREE = {
     "tuple",
 }
 _SAME_ELEMENTS = ("bitcast", "convert", "copy", "reshape", "transpose")
-_SLICES = ("dynamic-slice", "slice", "gather")
 # Any part of what these give takes all of what they are given.
 _WHOLE = {
     "all-gather",
@@ -69,7 +68,7 @@ def traffic(
     if opcode == "fusion":
         fused = module.computations[instruction.attribute("calls")]
         needed = _fused_reads(module, fused, continued)
-        written = _fused_writes(instruction, fused, continued)
+        written = _writes(instruction, fused, fused.root)
     else:
         given = [computation.instructions[name] for name in instruction.operands]
         wanted = _wanted(instruction)
@@ -77,7 +76,7 @@ def traffic(
             _needs(module, instruction, position, operand.elements, wanted=wanted, in_place=True)
             for position, operand in enumerate(given)
         ]
-        written = 0 if opcode.endswith("-start") else _writes(computation, instruction)
+        written = 0 if opcode.endswith("-start") else _writes(instruction, computation, instruction)
     read = {}
     for name, elements in zip(instruction.operands, needed, strict=True):
         bytes_ = _part(computation.instructions[name], elements)
@@ -124,9 +123,7 @@ def _needs(module, user: Instruction, position: int, size: int, *, wanted: int, 
         return 0
     if opcode == "fusion":
         return _fused_reads(module, module.computations[user.attribute("calls")], ())[position]
-    if opcode in _WHOLE or (opcode in _SLICES and position > 0):
-        return size
-    return min(size, wanted)
+    return size if opcode in _WHOLE else min(size, wanted)
 
 
 def _fused_reads(module: Module, fused: Computation, continued: Container[str]) -> list[int]:
@@ -167,35 +164,31 @@ def _made(computation: Computation, result: Instruction) -> Instruction:
     return result
 
 
-def _fused_writes(fusion: Instruction, fused: Computation, continued: Container[str]) -> int:
-    if fused.root.opcode != "tuple":
-        return _writes(fused, fused.root, fusion)
-    results = (fused.instructions[name] for name in fused.root.operands)
+def _writes(instruction: Instruction, computation: Computation, made: Instruction) -> int:
+    """Bytes of main memory that an instruction writes.
+
+    Args:
+      instruction: the one; what of it is an operand updated in place does not count.
+      computation, made: what makes its result: the instruction itself, or a fusion's root.
+    """
+    if made.opcode == "tuple":
+        results = [computation.instructions[name] for name in made.operands]
+    else:
+        results = [made] * len(instruction.arrays)
     return sum(
-        array.main_bytes(min(array.elements, _made_elements(fused, result)))
-        for array, result in zip(fusion.arrays, results, strict=True)
-        if result.opcode != "parameter" and result.name not in continued
+        array.main_bytes(_written_elements(computation, result, array))
+        for index, (array, result) in enumerate(zip(instruction.arrays, results, strict=True))
+        if not _aliased(instruction, index)
     )
 
 
-def _writes(computation: Computation, made: Instruction, given: Instruction | None = None) -> int:
-    """Bytes of main memory that the result of `made` takes; `given` is the fusion around it."""
-    given = given or made
-    if len(given.arrays) == 1 and not _aliased(given, 0):
-        return given.arrays[0].main_bytes(_made_elements(computation, made))
-    arrays = enumerate(given.arrays)
-    return sum(a.main_bytes(a.elements) for index, a in arrays if not _aliased(given, index))
-
-
-def _made_elements(computation: Computation, result: Instruction) -> int:
-    """Elements of a result that are written."""
+def _written_elements(computation: Computation, result: Instruction, array: Array) -> int:
     made = _made(computation, result)
     if made.opcode == "dynamic-update-slice":
         return computation.instructions[made.operands[1]].elements
     if made.opcode == "scatter":
-        updates = made.operands[-len(made.arrays) :]
-        return sum(computation.instructions[name].elements for name in updates)
-    return result.elements
+        return computation.instructions[made.operands[-1]].elements
+    return array.elements
 
 
 def _aliased(instruction: Instruction, index: int) -> bool:
