@@ -64,7 +64,7 @@ def traffic(
     if opcode in _FREE or _allocates(instruction):
         return 0
     if opcode.endswith("-done"):
-        return _whole(instruction)
+        return _part(instruction, instruction.elements)
     if opcode == "fusion":
         fused = module.computations[instruction.attribute("calls")]
         needed = _fused_reads(module, fused, continued)
@@ -88,15 +88,10 @@ def _allocates(instruction: Instruction) -> bool:
     return 'custom_call_target="AllocateBuffer"' in instruction.attributes
 
 
-def _whole(instruction: Instruction) -> int:
-    return sum(array.main_bytes(array.elements) for array in instruction.arrays)
-
-
 def _part(instruction: Instruction, elements: int) -> int:
-    """Bytes of so many elements of a result; of a tuple, at least."""
-    if elements >= instruction.elements:
-        return _whole(instruction)
-    return min((array.main_bytes(elements) for array in instruction.arrays), default=0)
+    """Bytes of so many elements of a result, of each array of it if there are several."""
+    arrays = instruction.arrays
+    return sum(array.main_bytes(min(elements, array.elements)) for array in arrays)
 
 
 def _wanted(instruction: Instruction) -> int:
@@ -117,7 +112,7 @@ def _needs(module, user: Instruction, position: int, size: int, *, wanted: int, 
       in_place: an update of a slice takes the place of its operand, so what stays is not read.
     """
     opcode = user.opcode.removesuffix("-start")
-    if wanted == 0 or 'custom_call_target="AsyncCollectiveDone"' in user.attributes:
+    if 'custom_call_target="AsyncCollectiveDone"' in user.attributes:
         return 0
     if opcode in ("dynamic-update-slice", "scatter") and position == 0 and in_place:
         return 0
@@ -127,7 +122,7 @@ def _needs(module, user: Instruction, position: int, size: int, *, wanted: int, 
 
 
 def _fused_reads(module: Module, fused: Computation, continued: Container[str]) -> list[int]:
-    """Elements that a fusion needs of each of its operands."""
+    """Elements that a fusion needs of each of its operands; may count some twice."""
     results = _results(fused)
     in_place = {_made(fused, result).name for result in results}
     needed = Counter()
@@ -135,7 +130,7 @@ def _fused_reads(module: Module, fused: Computation, continued: Container[str]) 
         needed[result.name] += result.elements
     for user in reversed(fused.instructions.values()):
         wanted = min(needed[user.name], user.elements)
-        if user.name in continued or (user is fused.root and user.opcode == "tuple"):
+        if user.name in continued:
             continue
         for position, name in enumerate(user.operands):
             needed[name] += _needs(
@@ -146,7 +141,7 @@ def _fused_reads(module: Module, fused: Computation, continued: Container[str]) 
                 wanted=wanted,
                 in_place=user.name in in_place,
             )
-    return [min(needed[one.name], one.elements) for one in fused.parameters]
+    return [needed[parameter.name] for parameter in fused.parameters]
 
 
 def _results(fused: Computation) -> list[Instruction]:
