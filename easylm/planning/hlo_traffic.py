@@ -68,7 +68,7 @@ def traffic(
     if opcode == "fusion":
         fused = module.computations[instruction.attribute("calls")]
         needed = _fused_reads(module, fused, continued)
-        written = _writes(instruction, fused, fused.root)
+        written = _writes(instruction, fused, _fused_makers(instruction, fused))
     else:
         given = [computation.instructions[name] for name in instruction.operands]
         wanted = _wanted(instruction)
@@ -76,7 +76,8 @@ def traffic(
             _needs(module, instruction, position, operand.elements, wanted=wanted, in_place=True)
             for position, operand in enumerate(given)
         ]
-        written = 0 if opcode.endswith("-start") else _writes(instruction, computation, instruction)
+        makers = [instruction] * len(instruction.arrays)
+        written = 0 if opcode.endswith("-start") else _writes(instruction, computation, makers)
     read = {}
     for name, elements in zip(instruction.operands, needed, strict=True):
         bytes_ = _part(computation.instructions[name], elements)
@@ -129,9 +130,9 @@ def _fused_reads(module: Module, fused: Computation, continued: Container[str]) 
     for result in results:
         needed[result.name] += result.elements
     for user in reversed(fused.instructions.values()):
-        wanted = min(needed[user.name], user.elements)
         if user.name in continued:
             continue
+        wanted = min(needed[user.name], user.elements)
         for position, name in enumerate(user.operands):
             needed[name] += _needs(
                 module,
@@ -159,31 +160,33 @@ def _made(computation: Computation, result: Instruction) -> Instruction:
     return result
 
 
-def _writes(instruction: Instruction, computation: Computation, made: Instruction) -> int:
+def _writes(instruction: Instruction, computation: Computation, made: list[Instruction]) -> int:
     """Bytes of main memory that an instruction writes.
 
     Args:
       instruction: the one; what of it is an operand updated in place does not count.
-      computation, made: what makes its result: the instruction itself, or a fusion's root.
+      computation, made: the instructions that make each array of its result, and where they are.
     """
-    if made.opcode == "tuple":
-        results = [computation.instructions[name] for name in made.operands]
-    else:
-        results = [made] * len(instruction.arrays)
     return sum(
         array.main_bytes(_written_elements(computation, result, array))
-        for index, (array, result) in enumerate(zip(instruction.arrays, results, strict=True))
+        for index, (array, result) in enumerate(zip(instruction.arrays, made, strict=True))
         if not _aliased(instruction, index)
     )
 
 
-def _written_elements(computation: Computation, result: Instruction, array: Array) -> int:
-    made = _made(computation, result)
+def _written_elements(computation: Computation, made: Instruction, array: Array) -> int:
     if made.opcode == "dynamic-update-slice":
         return computation.instructions[made.operands[1]].elements
     if made.opcode == "scatter":
         return computation.instructions[made.operands[-1]].elements
     return array.elements
+
+
+def _fused_makers(fusion: Instruction, fused: Computation) -> list[Instruction]:
+    """The instructions that make the elements of each array that a fusion gives."""
+    if fused.root.opcode != "tuple":
+        return [_made(fused, fused.root)] * len(fusion.arrays)
+    return [_made(fused, fused.instructions[name]) for name in fused.root.operands]
 
 
 def _aliased(instruction: Instruction, index: int) -> bool:

@@ -92,6 +92,18 @@ def test_a_slice_updated_in_place(dtype, rows_moved):
     assert moved == pytest.approx(rows_moved * row, rel=0.01)
 
 
+def test_a_copy_of_what_was_updated_in_place():
+    """A row is read and written; then the whole table of 2,000 is, for the second result."""
+
+    def run(table, row):
+        table = jax.lax.dynamic_update_slice(table, row, (5, 0))
+        return table, table
+
+    row = jax.ShapeDtypeStruct((1, 1000), jnp.float32)
+    moved = traffic(run, TABLE, row, donate_argnums=0)
+    assert moved == pytest.approx((2 + 2 * 2000) * ROW, rel=1e-6)
+
+
 def test_rows_of_a_table():
     """Seven rows are read and written; the compiler's own count is the whole table."""
     indices = jax.ShapeDtypeStruct((7,), jnp.int32)
