@@ -192,7 +192,7 @@ def _micro_batches(run: _Run, shares: _Shares) -> _Found:
 def _parts_of_one_row(run: _Run, groups: int) -> int | None:
     """The fewest micro-batches in which a group takes one row at once; None: not allowed."""
     fixed = run.config.batch_rows
-    parts = -(-(fixed or run.rows) // groups)
+    parts = run.rows // groups
     if fixed is not None:
         parts = next((count for count in range(parts, fixed + 1) if fixed % count == 0), fixed)
     return parts if parts >= run.config.micro_batches else None
@@ -220,7 +220,7 @@ def _wider_tensor(run: _Run, shares: _Shares) -> _Found:
 
 def _fsdp_for_data(run: _Run, shares: _Shares) -> _Found:
     data, fsdp, tensor = (run.mesh[axis] for axis in ("data", "fsdp", "tensor"))
-    if data == 1 or run.model.hidden_size % (data * fsdp * tensor):
+    if run.model.hidden_size % (data * fsdp * tensor):
         return
     held = run.overflow.arguments + shares.weights
     reason = f"the state is held {data} times over"

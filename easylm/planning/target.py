@@ -27,6 +27,8 @@ def prepare_environment(topology: Topology) -> None:
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{topology.generation}-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # jax would keep what it compiles, and then fail to read it back for devices that are absent.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 
 def target_devices(topology: Topology) -> list:

@@ -7,6 +7,7 @@ import pytest
 
 from easylm.models.llama.sharding import check_mesh
 from easylm.planning.advice import advice
+from easylm.planning.overflow import Overflow, Temporary
 from easylm.planning.target import target_devices
 from easylm.planning.topology import parse_topology
 from easylm.sharding import make_mesh, row_groups
@@ -82,6 +83,26 @@ def test_a_state_that_does_not_fit_is_not_blamed_on_rows():
     expected = found["--config.optimizer.mu_dtype=bfloat16"] * GIB
     assert less.needed == pytest.approx(expected, rel=0.05)
     assert not any("mu_dtype" in change for change in rounded.advice(less))
+
+
+def test_copies_of_weights_are_not_what_layers_keep(kept):
+    step, overflow = kept
+    kernel = "state.params['layers']['mlp']['up_proj']['kernel']"
+    copies = Temporary(10 * GIB, "bf16[4,2048,2752]", 1, kernel, kernel)
+    full = Overflow(
+        needed=overflow.arguments + 10 * GIB,
+        usable=5 * GIB,
+        largest=(copies,),
+        arguments=overflow.arguments,
+        temporaries=10 * GIB,
+    )
+    rounded, larger = step.advice(full)
+    assert "mu_dtype" in rounded
+    # Split over four times as many devices, as the state is.
+    left = (overflow.arguments / GIB + 10) / 4
+    assert by_override([larger]) == {
+        "--topology=v3-32 --config.mesh=1,-1,4": pytest.approx(left, abs=0.1)
+    }
 
 
 @pytest.mark.parametrize("shape", ["1,8,1", "1,2,4", "1,1,8", "2,4,1", "4,1,2"])

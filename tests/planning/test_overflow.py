@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from easylm.devices import DEVICES, GIB
+from easylm.optimizer import adamw
 from easylm.planning.overflow import is_overflow, read_overflow
 from easylm.planning.target import target_devices
 from easylm.planning.topology import parse_topology
@@ -53,8 +54,24 @@ def test_a_stack_that_a_loop_fills_is_named_with_its_size():
     assert overflow.usable == pytest.approx(DEVICES["TPU v3"].usable, abs=0.005 * GIB)
 
 
+def test_a_line_of_a_library_stands_behind_the_line_that_calls_it():
+    optimizer = adamw(
+        lambda step: 1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=None
+    )
+
+    def update(gradient, mean, square):
+        params = {"kernel": gradient}
+        moments = iter([mean, square])
+        state = jax.tree.map(lambda x: next(moments) if x.ndim else x, optimizer.init(params))
+        updates, _ = optimizer.update(params, state, params)
+        return jnp.sort(updates["kernel"], axis=0)[0]
+
+    overflow = read_overflow(lower(update, *[(2**15, 2**15)] * 3))
+    assert "easylm/optimizer.py" in overflow.largest[0].source
+
+
 def test_arguments_alone_may_be_too_much():
-    lowered = lower(lambda x: x.sum(), (5, 2**15, 2**15))
+    lowered = lower(lambda x, y: x.sum() + y.sum(), (4, 2**15, 2**15), (2**15, 2**15))
     assert is_overflow(error_of(lowered))
     overflow = read_overflow(lowered)
     assert overflow.arguments == 20 * GIB
@@ -75,7 +92,7 @@ def test_a_program_that_its_code_makes_too_large():
 
 def test_other_errors_are_no_overflow():
     assert not is_overflow(jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile"))
-    assert not is_overflow(ValueError("exceeds available HBM (15.48G)"))
+    assert not is_overflow(ValueError("(20G) exceeds available HBM (15.48G)"))
     with pytest.raises(AssertionError, match="the program fits"):
         read_overflow(lower(lambda x: x + 1, (8, 8)))
 
