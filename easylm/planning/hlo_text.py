@@ -11,6 +11,7 @@ import re
 from typing import NamedTuple
 
 _HEADER = re.compile(r"(?:ENTRY )?%?(\S+) \(.*\{$")
+_START = re.compile(r"\s+(?:ROOT )?%?\S+ = ")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?(\S+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _NAME = re.compile(r"%([\w.-]+)")
@@ -139,12 +140,15 @@ def parse_module(text: str) -> Module:
       ValueError: the text holds no program.
     """
     computations, entry, name, lines = {}, None, None, []
-    for line in text.splitlines():
-        if name is not None and line.startswith("}"):
+    # What a Pallas kernel says of itself is JSON of several lines within its instruction.
+    for line in re.sub(r'\n(?="|}})', "", text).splitlines():
+        if name is not None and line == "}":
             computations[name] = _computation(name, lines)
             name = None
-        elif name is not None:
+        elif name is not None and (_START.match(line) or not lines):
             lines.append(line)
+        elif name is not None:  # attributes of a Pallas kernel go over several lines
+            lines[-1] += line
         elif line.endswith("{") and (header := _HEADER.match(line)):
             name, lines = header.group(1), []
             entry = name if line.startswith("ENTRY ") else entry

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas
 
 from easylm.planning.hlo_costs import program_costs
-from tests.planning.hlo_programs import array, make_mesh, text
+from tests.planning.hlo_programs import Spec, array, make_mesh, per_device, text
 
 TABLE = jax.ShapeDtypeStruct((2000, 1000), jnp.float32)
 ROW = 1000 * 4
@@ -139,6 +140,27 @@ def test_what_stays_on_the_chip_moves_nothing():
     once = 2 * (6 * 1024 * 1024 + 2 * 512 * 1024)
     assert program_costs(program).traffic == once
     assert program_costs(program.replace("S(1)", "")).traffic > 2 * once
+
+
+def test_a_kernel_reads_what_it_is_given_once():
+    """A Pallas kernel with metadata, which the text of a program breaks into several lines."""
+    mesh = make_mesh("v5e:2x2", 4)
+
+    def add(x, y, out):
+        out[...] = x[...] + y[...]
+
+    block = pallas.BlockSpec((256, 512), lambda i: (i, 0))
+    kernel = pallas.pallas_call(
+        add,
+        grid=(4,),
+        in_specs=[block, pallas.BlockSpec((256, 512), lambda i: (0, 0))],
+        out_specs=block,
+        out_shape=jax.ShapeDtypeStruct((1024, 512), jnp.float32),
+        metadata={"rows": "256"},
+    )
+    program = per_device(mesh, kernel, Spec(), Spec(), (1024, 512), (256, 512))
+    assert '\n"rows":"256"\n' in program
+    assert program_costs(program).traffic == (1024 + 256 + 1024) * 512 * 4
 
 
 def test_an_operand_that_is_given_twice_is_read_once():
