@@ -151,9 +151,10 @@ def _override(
         if any(field.startswith(f"{name}.") for field in fields):
             raise InputError(f"{name}: found a section; wanted {name}.FIELD=VALUE")
         proper = ", ".join(f"--{one}" for one in ("config", *own, "help"))
+        known = [*(f"--{one}" for one in own), *fields]
         raise InputError(
             f"{name}: no such option; wanted {proper} or "
-            f"--config.FIELD=VALUE.{suggest(name.lstrip('-'), [*(f'--{one}' for one in own), *fields])}"
+            f"--config.FIELD=VALUE.{suggest(name.lstrip('-'), known)}"
         )
     if not equals:
         raise InputError(f"{name}: found no value; wanted {name}=VALUE")

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import os
+import pathlib
+import tempfile
 import time
 
 import jax
@@ -64,14 +66,14 @@ def compile_step(program: Program, topology: Topology, cache: str = CACHE) -> tu
         return _load(path), True
     started = time.perf_counter()
     try:
-        executable = lowered.compile()
+        executable, text = _compile(lowered)
     except jax.errors.JaxRuntimeError as error:
         if not is_overflow(error):
             raise
         found = Compiled(overflow=read_overflow(lowered), seconds=time.perf_counter() - started)
     else:
         seconds = time.perf_counter() - started
-        memory, costs = executable.memory_analysis(), program_costs(executable.as_text())
+        memory, costs = executable.memory_analysis(), program_costs(text)
         found = Compiled(
             # What comes out lies where the donated state lay; only the metrics do not.
             arguments=memory.argument_size_in_bytes
@@ -85,6 +87,18 @@ def compile_step(program: Program, topology: Topology, cache: str = CACHE) -> tu
         )
     write_json(found, path)
     return found, False
+
+
+def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+    """(the compiled program, its text).
+
+    The text is that which the compiler writes itself: jax cannot print some of the asynchronous
+    collectives of newer TPUs.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        executable = lowered.compile({"xla_dump_to": folder})
+        (path,) = pathlib.Path(folder).glob("*after_optimizations.txt")
+        return executable, path.read_text(encoding="utf-8")
 
 
 def _key(lowered, topology: Topology) -> str:
@@ -106,7 +120,9 @@ def _load(path: str) -> Compiled:
     fields = read_json(path)
     overflow = fields["overflow"]
     if overflow is not None:
-        largest = tuple(Temporary(*of) for of in overflow[2])
-        fields["overflow"] = Overflow(*overflow[:2], largest)
+        needed, usable, largest, *totals = overflow
+        fields["overflow"] = Overflow(
+            needed, usable, tuple(Temporary(*of) for of in largest), *totals
+        )
     fields["collectives"] = tuple(Collective(*of) for of in fields["collectives"])
     return Compiled(**fields)

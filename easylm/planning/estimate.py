@@ -93,7 +93,7 @@ class Plan:
 
 
 def make_plan(
-    config: RunConfig, inputs: Inputs, topology: Topology, devices: list[jax.Device], cache: str
+    config: RunConfig, inputs: Inputs, topology: Topology, devices: list[jax.Device]
 ) -> Plan:
     """Builds, lowers and compiles the step of a run, and counts what it costs.
 
@@ -102,12 +102,11 @@ def make_plan(
       inputs: of `read_inputs`.
       topology: its machines, and
       devices: their devices; see `target_devices`.
-      cache: folder of what was compiled before.
     Raises:
       InputError: the mesh does not go with the devices or the model.
     """
     program = build_program(config, inputs, devices)
-    compiled, was_known = compile_step(program, topology, cache)
+    compiled, was_known = compile_step(program, topology)
     kind = devices[0].device_kind
     seq_len, dtype = config.data.seq_len, config.compute_dtype
     attention = config.attention

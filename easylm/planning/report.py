@@ -1,8 +1,5 @@
 """A plan as text of at most 80 columns, and as plain values."""
 
-import dataclasses
-
-from easylm.config import difference
 from easylm.planning.estimate import Plan
 from easylm.planning.overflow import Temporary
 

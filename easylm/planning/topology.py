@@ -78,6 +78,21 @@ def slices(generation: str) -> list[Topology]:
     ]
 
 
+def parse_generation(text: str) -> list[Topology]:
+    """The slices of a generation, or of that of a slice: v3, or v3-256; smallest first.
+
+    Raises:
+      InputError: there is no such generation of TPU.
+    """
+    generation = text if text in _GENERATIONS else parse_topology(text).generation
+    if not generation:
+        raise InputError(
+            f"--topology: found {text!r}; wanted a generation of TPU, one of "
+            f"{', '.join(_GENERATIONS)}, or a slice of one"
+        )
+    return slices(generation)
+
+
 def parse_topology(text: str) -> Topology:
     """The machine of a name: v3-256, v5litepod-16 or v5e-16, v3:8x16 (in chips), cpu:8 or gpu.
 
