@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from easylm.config import parse_mesh
@@ -27,9 +28,9 @@ def make_mesh(shape: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes = _fill_in(parse_mesh(shape), len(devices), shape)
-    return jax.make_mesh(
-        sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    # An axis may go around a part of a torus: meshes of any sizes are laid out on any slice.
+    layout = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(layout, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _fill_in(sizes: tuple[int, int, int], count: int, shape: str) -> tuple[int, int, int]:
