@@ -42,7 +42,7 @@ class _Run:
     Attributes:
       config, model: of the run.
       mesh: sizes of data, fsdp and tensor.
-      rows: of a step, empty ones included.
+      rows: of a step, without empty ones.
       topology: its machines.
       overflow: what the compiler says.
     """
@@ -94,7 +94,7 @@ def advice(
       model: sizes of the model.
       mesh: sizes of data, fsdp and tensor.
       overflow: what the compiler says of the step.
-      rows: of a step as they lie on the mesh, the empty ones that fill it included.
+      rows: of a step, without the empty ones that fill the mesh.
       topology: its machines.
     Returns:
       lines such as "--config.remat=block: up to 9.4 GiB less, 11.2 in all: ...".
@@ -192,7 +192,7 @@ def _micro_batches(run: _Run, shares: _Shares) -> _Found:
 def _parts_of_one_row(run: _Run, groups: int) -> int | None:
     """The fewest micro-batches in which a group takes one row at once; None: not allowed."""
     fixed = run.config.batch_rows
-    parts = run.rows // groups
+    parts = -(-run.rows // groups)
     if fixed is not None:
         parts = next((count for count in range(parts, fixed + 1) if fixed % count == 0), fixed)
     return parts if parts >= run.config.micro_batches else None

@@ -125,7 +125,7 @@ def test_a_batch_of_rows_is_cut_into_parts_that_divide_it(kept):
     step, overflow = kept
     fixed = dataclasses.replace(step.config, batch_examples=None, batch_rows=250)
     lines = advice(
-        fixed, step.model, {"data": 1, "fsdp": 4, "tensor": 2}, overflow, rows=252, topology=V3_8
+        fixed, step.model, {"data": 1, "fsdp": 4, "tensor": 2}, overflow, rows=250, topology=V3_8
     )
     # 63 parts would be enough for 4 groups, but do not divide 250 rows.
     assert "--config.micro_batches=125" in by_override(lines)
