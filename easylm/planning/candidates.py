@@ -147,8 +147,8 @@ class Guess(NamedTuple):
 
     @property
     def key(self) -> tuple[float, float]:
-        """Sorts candidates: by the largest of the three, then by their sum."""
-        return max(self), sum(self)
+        """Sorts candidates, as if nothing were sent while a device computes."""
+        return max(self.compute, self.memory) + self.interconnect, sum(self)
 
 
 def guess(

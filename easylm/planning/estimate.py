@@ -82,6 +82,11 @@ class Plan:
         return self.roofline.step_seconds
 
     @property
+    def serial_seconds(self) -> float | None:
+        """An estimate: of a step that sends nothing while it computes."""
+        return self.roofline.serial_seconds
+
+    @property
     def mfu_bound(self) -> float | None:
         """An estimate: at most."""
         return self.roofline.mfu_bound

@@ -11,8 +11,8 @@ from easylm.planning.candidates import Candidate
 from easylm.trainers.config import RunConfig
 
 _HEAD = """\
-            micro-                    row   memory     of   step s    MFU  empty
-mesh       batches  remat          tokens      GiB    HBM   (est.) (est.)   rows"""
+        micro-                  row  memory    of  step seconds    MFU  empty
+mesh   batches remat         tokens     GiB   HBM   (estimates) (est.)   rows"""
 
 
 class Planned(Protocol):
@@ -23,6 +23,7 @@ class Planned(Protocol):
       total_bytes: that a device needs.
       usable_bytes: that it has; None: unknown.
       step_seconds: an estimate, at least; None: unknown.
+      serial_seconds: the same if nothing is sent while a device computes; None: unknown.
       mfu_bound: an estimate, at most; None: unknown.
     """
 
@@ -34,6 +35,8 @@ class Planned(Protocol):
     def usable_bytes(self) -> int | None: ...
     @property
     def step_seconds(self) -> float | None: ...
+    @property
+    def serial_seconds(self) -> float | None: ...
     @property
     def mfu_bound(self) -> float | None: ...
 
@@ -114,8 +117,8 @@ def search_table(result: Search, config: RunConfig) -> str:
     best = result.fitting[0].candidate
     return "\n".join(
         [
-            "What fits, fastest first. Times and MFU are estimates: no step takes less time,",
-            "no run has a higher MFU.",
+            "What fits, fastest first. Times and MFU are estimates: no step takes less than",
+            "the first time; the second holds if nothing is sent while a device computes.",
             _HEAD,
             *map(_line, result.fitting),
             *_counts(result),
@@ -136,6 +139,7 @@ def search_records(result: Search) -> dict:
             "total_bytes": planned.total_bytes,
             "usable_bytes": planned.usable_bytes,
             "estimated_step_seconds": planned.step_seconds,
+            "estimated_serial_seconds": planned.serial_seconds,
             "estimated_mfu_bound": planned.mfu_bound,
         }
         for one, planned in result.fitting
@@ -147,11 +151,13 @@ def search_records(result: Search) -> dict:
 def _line(found: Found) -> str:
     one, planned = found
     share = "-" if planned.usable_bytes is None else _share(planned)
-    seconds = "-" if planned.step_seconds is None else f"{planned.step_seconds:.3g}"
+    seconds = "-"
+    if planned.step_seconds is not None:
+        seconds = f"{planned.step_seconds:.3g} to {planned.serial_seconds:.3g}"
     mfu = "-" if planned.mfu_bound is None else f"{planned.mfu_bound:.0%}"
     return (
-        f"{one.mesh_text:11}{one.micro_batches:7}  {one.remat:14}{one.seq_len:7,}"
-        f"{planned.total_bytes / GIB:9.2f}{share:>7}{seconds:>9}{mfu:>7}{one.empty_rows:7}"
+        f"{one.mesh_text:8}{one.micro_batches:6} {one.remat:13}{one.seq_len:7,}"
+        f"{planned.total_bytes / GIB:8.2f}{share:>6}{seconds:>14}{mfu:>7}{one.empty_rows:7}"
     )
 
 

@@ -10,8 +10,9 @@ class Roofline(NamedTuple):
     """An estimate: no step is faster, and real ones are slower.
 
     Compute, memory and interconnect each get their peak and overlap perfectly, so the largest of
-    the three is the time of a step (Williams et al. 2009, "Roofline"). None where a device's peaks
-    are unknown, as on a CPU.
+    the three is the time of a step (Williams et al. 2009, "Roofline"). How well they do overlap is
+    not known; `serial_seconds` is what a step takes if nothing is sent while a device computes,
+    which is near the truth on older TPUs. None where a device's peaks are unknown, as on a CPU.
 
     Attributes:
       compute_seconds: of a step, for all that the program multiplies.
@@ -19,6 +20,7 @@ class Roofline(NamedTuple):
       interconnect_seconds: of a step, for what a device sends to others.
       bound: which of the three is the largest: "compute", "memory" or "interconnect".
       step_seconds: the largest.
+      serial_seconds: the larger of compute and memory, and after it the interconnect.
       mfu_bound: model FLOPs over what all devices could do in step_seconds; MFU is at most this.
       tokens_per_second: at most; without padding.
       hours: of the run, at least.
@@ -30,6 +32,7 @@ class Roofline(NamedTuple):
     interconnect_seconds: float | None
     bound: str | None
     step_seconds: float | None
+    serial_seconds: float | None
     mfu_bound: float | None
     tokens_per_second: float | None
     hours: float | None
@@ -72,6 +75,7 @@ def roofline(
         *seconds.values(),
         bound=bound,
         step_seconds=step_seconds,
+        serial_seconds=max(seconds["compute"], seconds["memory"]) + seconds["interconnect"],
         mfu_bound=flops.model / (step_seconds * peak),
         tokens_per_second=tokens / step_seconds,
         hours=hours,

@@ -93,7 +93,7 @@ def search(
             _settle(group, guesses, compiled, budget, result)
     progress.close(result.settled)
     # All times are known or none is; then, and where they are equal, the guess decides.
-    result.fitting.sort(key=lambda fit: (fit.planned.step_seconds or 0.0, guesses[fit.candidate]))
+    result.fitting.sort(key=lambda fit: (fit.planned.serial_seconds or 0.0, guesses[fit.candidate]))
     return result
 
 

@@ -30,6 +30,7 @@ def test_compute_bounds_a_step():
         1.0,  # 4 / 4
         "compute",
         5.0,
+        6.0,  # 5 of compute, then 1 of interconnect
         0.5,  # 2000 of the 4000 FLOPs are the model's
         60.0,  # 300 / 5
         1.0,  # 720 steps of 5 s
@@ -40,6 +41,7 @@ def test_compute_bounds_a_step():
 def test_memory_bounds_a_step():
     slow = bounded(traffic=100)
     assert (slow.memory_seconds, slow.bound, slow.step_seconds) == (10.0, "memory", 10.0)
+    assert slow.serial_seconds == 11.0
     assert slow.mfu_bound == 0.25 and slow.device_hours == 16.0
 
 
