@@ -2,10 +2,11 @@
 
 Layers, each importing only what stands to its right:
 
-    commands -> shared -> trainers | converters | eval_bridge -> models -> core
+    commands -> planning -> shared -> trainers | converters | eval_bridge -> models -> core
 
-A command is a module of `easylm/` that runs by `python -m`; `shared` are the few that commands
-have in common (SHARED). The rest of `easylm/` is the core.
+A command is a module of `easylm/` that runs by `python -m`; `planning` is what one of them is made
+of, and `shared` are the few that commands have in common (SHARED). The rest of `easylm/` is the
+core.
 Files of `configs/` use whatever a run needs and are loaded by path, so nothing imports them;
 `easylm/config.py` alone imports the package, to know where the folder is.
 """
@@ -18,7 +19,8 @@ from collections.abc import Iterator
 FOLDERS = ("models", "trainers", "converters", "eval_bridge", "configs")
 SHARED = ("easylm.ask_reference", "easylm.finish", "easylm.run", "easylm.start")
 MAY_IMPORT = {
-    "commands": {"shared", "trainers", "converters", "eval_bridge", "models", "core"},
+    "commands": {"planning", "shared", "trainers", "converters", "eval_bridge", "models", "core"},
+    "planning": {"planning", "shared", "trainers", "converters", "models", "core"},
     "shared": {"shared", "trainers", "converters", "models", "core"},
     "configs": {"trainers", "models", "core", "configs"},
     "trainers": {"models", "core", "trainers"},
@@ -46,6 +48,8 @@ class Module:
         """The top-level folder the module lies in, or its part of easylm/."""
         if self.folder != "easylm":
             return self.folder
+        if self.name.startswith("easylm.planning"):
+            return "planning"
         if self.name in SHARED:
             return "shared"
         return "commands" if any(map(is_main_guard, self.tree.body)) else "core"

@@ -166,13 +166,13 @@ def jit_step(step, shardings: TrainState, mesh: Mesh):
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=_COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
+        compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
     )
 
 
 # Else the TPU's compiler keeps a bfloat16 copy of all layers' weights beside them, a sixth of the
 # state, to save casting a layer each time it is used.
-_COMPILER_OPTIONS = {"tpu": {"xla_jf_bf16_propagation": "false"}}
+COMPILER_OPTIONS = {"tpu": {"xla_jf_bf16_propagation": "false"}}
 
 
 def init_state(params: dict, optimizer, shardings: TrainState) -> TrainState:

@@ -107,6 +107,6 @@ def _changes(plan: Plan) -> list[str]:
         plan.inputs.model,
         plan.mesh,
         overflow,
-        rows=plan.rows,
+        rows=plan.inputs.stream.batch_rows,
         topology=plan.topology,
     )

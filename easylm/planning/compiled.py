@@ -1,6 +1,7 @@
 """What the compiler says of a step, kept on disk so that it is asked once."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -16,6 +17,7 @@ from easylm.planning.hlo_costs import Collective, program_costs
 from easylm.planning.overflow import Overflow, Temporary, is_overflow, read_overflow
 from easylm.planning.topology import Topology
 from easylm.trainers.build import Program
+from easylm.trainers.step import COMPILER_OPTIONS
 
 CACHE = "~/.cache/easylm/plans"
 
@@ -61,7 +63,7 @@ def compile_step(program: Program, topology: Topology, cache: str = CACHE) -> tu
       (what was found, whether it was known).
     """
     lowered = program.jitted().lower(program.state, program.batch)
-    path = f"{os.path.expanduser(cache)}/{_key(lowered, topology)}.json"
+    path = f"{os.path.expanduser(cache)}/{_key(program, lowered, topology)}.json"
     if storage.exists(path):
         return _load(path), True
     started = time.perf_counter()
@@ -101,11 +103,20 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
         return executable, path.read_text(encoding="utf-8")
 
 
-def _key(lowered, topology: Topology) -> str:
+def _key(program: Program, lowered: jax.stages.Lowered, topology: Topology) -> str:
     """Of the program and all that compiles it; the lines of source are no part of it."""
     versions = (jax.__version__, jaxlib.__version__, *_compiler_version(topology))
-    text = "\n".join((topology.platform, topology.shape, *versions, lowered.as_text()))
+    kind = program.mesh.devices.flat[0].device_kind
+    options = str(COMPILER_OPTIONS.get(topology.platform))
+    text = "\n".join((*versions, kind, topology.shape, options, _counting(), lowered.as_text()))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _counting() -> str:
+    """A hash of this package: what it counts, and how it is kept, may change with it."""
+    files = sorted(pathlib.Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _compiler_version(topology: Topology) -> tuple[str, ...]:
