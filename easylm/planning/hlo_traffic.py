@@ -27,6 +27,8 @@ _FREE = {
     "replica-id",
     "tuple",
 }
+# Custom calls that give a buffer, as it is or put together from parts that lie in a row.
+_FREE_CALLS = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
 _SAME_ELEMENTS = ("bitcast", "convert", "copy", "reshape", "transpose")
 # Any part of what these give takes all of what they are given.
 _WHOLE = {
@@ -61,7 +63,7 @@ def traffic(
         fusion has started, and move nothing new.
     """
     opcode = instruction.opcode
-    if opcode in _FREE or _allocates(instruction):
+    if opcode in _FREE or _FREE_CALLS.search(instruction.attributes):
         return 0
     if opcode.endswith("-done"):
         return _part(instruction, instruction.elements)
@@ -83,10 +85,6 @@ def traffic(
         bytes_ = _part(computation.instructions[name], elements)
         read[name] = max(bytes_, read.get(name, 0))
     return sum(read.values()) + written
-
-
-def _allocates(instruction: Instruction) -> bool:
-    return 'custom_call_target="AllocateBuffer"' in instruction.attributes
 
 
 def _part(instruction: Instruction, elements: int) -> int:
