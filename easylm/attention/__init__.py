@@ -31,7 +31,8 @@ def attention(q, k, v, *, positions, segment_ids, backend="auto", mesh=None):
       k: keys, `[batch, seq, kv_heads, head_dim]`; head h uses key head h // (heads // kv_heads).
       v: values, `[batch, seq, kv_heads, head_dim]`.
       positions: `[batch, seq]`, integers, rising within a segment.
-      segment_ids: `[batch, seq]`, integers >= 0.
+      segment_ids: `[batch, seq]`, integers >= 0. What comes out for padding is finite, and differs
+        between backends.
       backend: one of BACKENDS, or `auto` for `choose_backend` by the kind of device.
       mesh: with axes data, fsdp and tensor, the devices that share the work: the batch is split
         over data and fsdp, the heads over tensor (kv_heads must divide by it).

@@ -70,8 +70,10 @@ def _pairs(segments):
     rows = np.concatenate([np.full(i + 1, i) for i in range(blocks)])
     columns = np.concatenate([np.arange(i, -1, -1) for i in range(blocks)])
     # Segments are contiguous: two blocks share one exactly when the last tokens of the key block
-    # belong to the segment of the first tokens of the query block.
-    shared = (segments[rows, :, 0] == segments[columns, :, -1]).any(axis=-1)
+    # belong to the segment of the first tokens of the query block. Padding needs no more than its
+    # diagonal, which keeps what nobody reads finite.
+    first, last = segments[rows, :, 0], segments[columns, :, -1]
+    shared = ((first == last) & (first > 0)).any(axis=-1)
     return rows, columns, shared | (rows == columns)
 
 

@@ -111,12 +111,14 @@ def block_pairs(
     block = min(block, seq_len)
     starts = np.arange(0, seq_len, block)
     first, last = (np.empty((len(rows), len(starts)), np.int64) for _ in range(2))
+    filled = np.empty(first.shape, bool)
     for row, lengths in enumerate(rows):
         ends = np.cumsum(lengths)
         first[row] = np.searchsorted(ends, starts, side="right")
         last[row] = np.searchsorted(ends, starts + block - 1, side="right")
-    # What fills up the last block is a segment of its own, and has no later block to share it.
-    shared = first[:, :, None] == last[:, None, :]
+        filled[row] = first[row] < len(lengths)
+    # Of padding the diagonal alone is computed.
+    shared = (first[:, :, None] == last[:, None, :]) & filled[:, :, None]
     shared = np.tril(shared, -1) | np.eye(len(starts), dtype=bool)
     groups = shared.reshape(-1, rows_at_once, *shared.shape[1:]).any(axis=1)
     return int(groups.sum()) * rows_at_once * block * block
