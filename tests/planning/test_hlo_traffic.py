@@ -6,6 +6,7 @@ import pytest
 from jax.experimental import pallas
 
 from easylm.planning.hlo_costs import program_costs
+from easylm.planning.hlo_text import parse_module
 from tests.planning.hlo_programs import Spec, array, make_mesh, per_device, text
 
 TABLE = jax.ShapeDtypeStruct((2000, 1000), jnp.float32)
@@ -164,6 +165,10 @@ def test_a_kernel_reads_what_it_is_given_once():
     program = per_device(mesh, kernel, Spec(), Spec(), (1024, 512), (256, 512))
     assert '\n"rows":"256"\n' in program
     assert program_costs(program).traffic == (1024 + 256 + 1024) * 512 * 4
+    module = parse_module(program)
+    called = module.computations[module.entry].instructions.values()
+    (call,) = [instruction for instruction in called if instruction.opcode == "custom-call"]
+    assert "backend_config" in call.attributes  # which comes last
 
 
 def test_an_operand_that_is_given_twice_is_read_once():
