@@ -140,14 +140,13 @@ def parse_module(text: str) -> Module:
       ValueError: the text holds no program.
     """
     computations, entry, name, lines = {}, None, None, []
-    # What a Pallas kernel says of itself is JSON of several lines within its instruction.
-    for line in re.sub(r'\n(?="|}})', "", text).splitlines():
+    for line in text.splitlines():
         if name is not None and line == "}":
             computations[name] = _computation(name, lines)
             name = None
         elif name is not None and (_START.match(line) or not lines):
             lines.append(line)
-        elif name is not None:  # attributes of a Pallas kernel go over several lines
+        elif name is not None:  # what a Pallas kernel says of itself is JSON of several lines
             lines[-1] += line
         elif line.endswith("{") and (header := _HEADER.match(line)):
             name, lines = header.group(1), []
