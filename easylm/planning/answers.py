@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from easylm.command import say
 from easylm.devices import DEVICES
+from easylm.errors import InputError
 from easylm.planning.advice import advice
 from easylm.planning.candidates import Candidate
 from easylm.planning.estimate import Plan, make_plan
@@ -19,9 +20,19 @@ from easylm.trainers.config import RunConfig
 
 
 def plan_as_is(config: RunConfig, topology: Topology, *, as_json: bool) -> bool:
-    """Compiles the config as it is and prints what came of it; returns whether it fits."""
+    """Compiles the config as it is and prints what came of it; returns whether it fits.
+
+    Raises:
+      InputError: the compiler cannot compile it.
+    """
     devices = target_devices(topology)
     plan = make_plan(config, read_inputs(config), topology, devices)
+    if plan.refusal:
+        raise InputError(
+            f"mesh={config.mesh} on {topology.name}: the compiler has no way to compile this step "
+            f"({plan.refusal}); wanted another mesh, micro_batches or remat. --search finds those "
+            "that it compiles"
+        )
     _show(plan, as_json=as_json)
     return plan.fits
 

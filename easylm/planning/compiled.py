@@ -30,7 +30,8 @@ class Compiled:
       arguments: bytes of the state and the batch, as the compiler lays them out.
       temporaries: bytes that exist during a step only.
       code: bytes of the program.
-      overflow: what did not fit; then the other fields are 0 or empty.
+      overflow: what did not fit; then the other fields are 0 or empty, and so with
+      refusal: why the compiler could not compile it; empty where it could.
       collectives: what is sent between devices, by kind.
       traffic: bytes of main memory read and written, at least.
       seconds: that compiling took when it was done.
@@ -40,6 +41,7 @@ class Compiled:
     temporaries: int = 0
     code: int = 0
     overflow: Overflow | None = None
+    refusal: str = ""
     collectives: tuple[Collective, ...] = ()
     traffic: int = 0
     seconds: float = 0.0
@@ -70,9 +72,10 @@ def compile_step(program: Program, topology: Topology, cache: str = CACHE) -> tu
     try:
         executable, text = _compile(lowered)
     except jax.errors.JaxRuntimeError as error:
-        if not is_overflow(error):
-            raise
-        found = Compiled(overflow=read_overflow(lowered), seconds=time.perf_counter() - started)
+        overflow = read_overflow(lowered) if is_overflow(error) else None
+        refusal = "" if overflow else str(error).splitlines()[0]
+        seconds = time.perf_counter() - started
+        found = Compiled(overflow=overflow, refusal=refusal, seconds=seconds)
     else:
         seconds = time.perf_counter() - started
         memory, costs = executable.memory_analysis(), program_costs(text)

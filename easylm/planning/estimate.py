@@ -58,9 +58,14 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the step has room on its devices."""
-        if self.compiled.overflow is not None:
+        if self.compiled.overflow is not None or self.refusal:
             return False
         return self.usable is None or self.total_bytes <= self.usable
+
+    @property
+    def refusal(self) -> str:
+        """Why the compiler could not compile the step; empty where it could."""
+        return self.compiled.refusal
 
     @property
     def total_bytes(self) -> int:

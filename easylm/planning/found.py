@@ -20,6 +20,7 @@ class Planned(Protocol):
 
     Attributes:
       fits: whether it does.
+      refusal: why the compiler could not compile it; empty where it could.
       total_bytes: that a device needs.
       usable_bytes: that it has; None: unknown.
       step_seconds: an estimate, at least; None: unknown.
@@ -29,6 +30,8 @@ class Planned(Protocol):
 
     @property
     def fits(self) -> bool: ...
+    @property
+    def refusal(self) -> str: ...
     @property
     def total_bytes(self) -> int: ...
     @property
@@ -55,6 +58,7 @@ class Search:
     Attributes:
       fitting: the compiled ones that fit, fastest first.
       too_large: how many were compiled and do not fit.
+      refused: how many the compiler could not compile.
       pruned: how many cannot fit, since their state alone, or a smaller program, does not.
       slower: how many were left out since one that fits looks faster.
       untried: how many the budget left no time for.
@@ -62,6 +66,7 @@ class Search:
 
     fitting: list[Found] = dataclasses.field(default_factory=list)
     too_large: int = 0
+    refused: int = 0
     pruned: int = 0
     slower: int = 0
     untried: int = 0
@@ -69,7 +74,7 @@ class Search:
     @property
     def settled(self) -> int:
         """How many candidates are decided."""
-        return len(self.fitting) + self.too_large + self.pruned + self.slower
+        return len(self.fitting) + self.too_large + self.refused + self.pruned + self.slower
 
 
 class Progress:
@@ -105,6 +110,8 @@ class Progress:
 def outcome(one: Candidate, planned: Planned) -> str:
     """A line on what was compiled and whether it fits."""
     what = f"{one.mesh_text:9} micro_batches={one.micro_batches:<3} {one.remat:13}"
+    if planned.refusal:
+        return f"{what} the compiler cannot compile it"
     share = "" if planned.usable_bytes is None else f", {_share(planned)} of HBM"
     verdict = "fits" if planned.fits else "does not fit"
     return f"{what} {planned.total_bytes / GIB:7.2f} GiB{share}: {verdict}"
@@ -128,6 +135,9 @@ def search_table(result: Search, config: RunConfig) -> str:
     )
 
 
+_COUNTS = ("too_large", "refused", "pruned", "slower", "untried")
+
+
 def search_records(result: Search) -> dict:
     """The same in values of JSON."""
     fitting = [
@@ -144,7 +154,7 @@ def search_records(result: Search) -> dict:
         }
         for one, planned in result.fitting
     ]
-    counts = {name: getattr(result, name) for name in ("too_large", "pruned", "slower", "untried")}
+    counts = {name: getattr(result, name) for name in _COUNTS}
     return {"fitting": fitting, **counts}
 
 
@@ -169,6 +179,7 @@ def _counts(result: Search) -> list[str]:
     """A line for each reason to have left candidates out."""
     reasons = {
         "too_large": "were compiled and do not fit",
+        "refused": "the compiler could not compile",
         "pruned": "cannot fit: their state alone, or a smaller program, does not",
         "slower": "look no faster than what fits",
         "untried": "were not tried: the time is used up (--budget_minutes)",

@@ -116,6 +116,9 @@ def _settle(
             result.fitting.append(Found(one, planned))
             kept = [other for other in left if guesses[other] < guesses[one]]
             result.slower += len(left) - len(kept)
+        elif planned.refusal:
+            result.refused += 1
+            kept = left
         else:
             result.too_large += 1
             kept = [other for other in left if not other.takes_no_less(one)]

@@ -28,10 +28,12 @@ class Planned(NamedTuple):
     step_seconds: float | None
     serial_seconds: float | None
     mfu_bound: float | None
+    refusal: str = ""
 
     @property
     def fits(self):
-        return self.usable_bytes is None or self.total_bytes <= self.usable_bytes
+        has_room = self.usable_bytes is None or self.total_bytes <= self.usable_bytes
+        return has_room and not self.refusal
 
 
 class Compiler:
@@ -287,3 +289,20 @@ def test_a_small_model_fits_the_smallest_slice():
     fits = Planned(GIB, 15 * GIB, None, None, None)
     result = smallest("v3", lambda topology, one: fits, model=LLAMA2_7B)
     assert result.topology.name == "v3-8"
+
+
+def test_what_the_compiler_cannot_compile_is_counted_and_the_rest_goes_on():
+    compiler = Compiler()
+    whole = run(Compiler())
+    refused = whole.fitting[0].candidate
+
+    def plan_of(one):
+        planned = compiler(one)
+        return planned._replace(refusal="no feasible span") if one == refused else planned
+
+    plan_of.clock = compiler.clock
+    result = run(plan_of)
+    assert result.refused == 1
+    assert refused not in [found.candidate for found in result.fitting]
+    assert result.settled == len(candidates(CONFIG, LLAMA2_70B, 256, FEW))
+    assert "    1 the compiler could not compile" in search_table(result, CONFIG)
