@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 
 from easylm import storage
 from easylm.converters import safetensors_io, torch_bin
@@ -20,7 +21,7 @@ _WANTED = (
 _STREAM_NAMES = ("streaming_params", "streaming_train_state")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Repositories hold weights of other formats too, often as large again.
-_TEXT_FILES = ["*.json", "*.model", "merges.txt", "vocab.txt", "chat_template.jinja"]
+TEXT_FILES = ("*.json", "*.model", "merges.txt", "vocab.txt", "chat_template.jinja")
 _SAFETENSORS_FILES = [safetensors_io.SINGLE, "model-*-of-*.safetensors"]
 _TORCH_FILES = [torch_bin.SINGLE, "pytorch_model-*-of-*.bin"]
 
@@ -36,10 +37,10 @@ def open_source(path: str, hf_config: str | None = None, unpermuted: bool = Fals
     Raises:
       InputError: there is nothing of a known kind there, or what is there is damaged.
     """
-    if not storage.exists(path):
-        if not _HUB_NAME.fullmatch(path):
-            raise describe_unknown(path)
-        path = _download(path)
+    if is_on_hub(path):
+        path = _download_weights(path)
+    elif not storage.exists(path):
+        raise describe_unknown(path)
     if not storage.is_folder(path):
         return _open_file(path, hf_config, unpermuted)
     if unpermuted:
@@ -141,24 +142,36 @@ def _describe_folder(files: dict[str, int]) -> str:
     return f"a folder without config.json and weights (found {shown}{', ...' * (len(files) > 5)})"
 
 
-def _download(name: str) -> str:
-    """Brings a model of the hub to the local cache; returns its folder there."""
+def is_on_hub(path: str) -> bool:
+    """Whether `path` can only be the name org/name of a model on the Hugging Face hub."""
+    return not storage.exists(path) and bool(_HUB_NAME.fullmatch(path))
+
+
+def download(name: str, patterns: Sequence[str]) -> str:
+    """Brings files of a model of the hub to the local cache; returns their folder there.
+
+    Args:
+      name: org/name.
+      patterns: of the names of the files that are wanted; those that are absent are left out.
+    Raises:
+      InputError: the hub gives no model of that name, and none is in the cache.
+    """
     # It takes a quarter of a second to import, which a local path need not wait for.
     import huggingface_hub
     from huggingface_hub import errors
 
-    def snapshot(weights: list[str]) -> tuple[str, dict[str, int]]:
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=[*_TEXT_FILES, *weights])
-        return folder, storage.list_files(folder)
-
     try:
-        folder, files = snapshot(_SAFETENSORS_FILES)
-        if not files.keys() & {safetensors_io.SINGLE, safetensors_io.INDEX}:
-            folder, _ = snapshot(_TORCH_FILES)
+        return huggingface_hub.snapshot_download(name, allow_patterns=[*patterns])
     except (errors.HfHubHTTPError, errors.EntryNotFoundError, OSError, ValueError) as error:
         raise InputError(
             f"{name}: no such folder here, and the Hugging Face hub gave no model of that name "
             f"({str(error).strip().splitlines()[0].rstrip('.')}). Check the spelling, the network, "
             "HF_ENDPOINT, and for a private or gated model HF_TOKEN"
         ) from error
+
+
+def _download_weights(name: str) -> str:
+    folder = download(name, [*TEXT_FILES, *_SAFETENSORS_FILES])
+    if not storage.list_files(folder).keys() & {safetensors_io.SINGLE, safetensors_io.INDEX}:
+        folder = download(name, [*TEXT_FILES, *_TORCH_FILES])
     return folder

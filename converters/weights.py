@@ -15,7 +15,7 @@ from easylm import storage
 from easylm.converters import safetensors_io, torch_bin
 from easylm.converters.easylm_stream import EasyLMSource
 from easylm.converters.llama import check_tensors
-from easylm.converters.sources import open_source
+from easylm.converters.sources import TEXT_FILES, download, open_source, read_config
 from easylm.converters.tensors import BFLOAT16, TensorSource
 from easylm.errors import InputError
 from easylm.models.llama.config import LlamaConfig
@@ -28,31 +28,21 @@ if TYPE_CHECKING:
 _HF_WEIGHTS = {safetensors_io.SINGLE, safetensors_io.INDEX, torch_bin.SINGLE, torch_bin.INDEX}
 
 
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """A model somewhere on a disk, in a bucket or on the hub, not yet read.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Description:
+    """What is known of a model without its weights.
 
     Attributes:
       kind: what it is, for people.
       where: its place, for messages.
       config: its sizes.
-      dtype: "bfloat16" if all its tensors are, else "float32".
-      run_config: of the run that trained it; None where that is not known.
       tokenizer_files: of the tokenizer that came with it, name -> content; empty if none did.
-      load: (config, shardings, dtype) -> parameters on the mesh; a config with a larger
-        vocabulary gets rows that are the mean of the old ones.
-      export: (config, target, dtype, tokenizer files, model card) writes a Hugging Face folder, a
-        tensor or a stacked parameter in memory at a time; the config as for `load`.
     """
 
     kind: str
     where: str
     config: LlamaConfig
-    dtype: str
-    run_config: dict | None
     tokenizer_files: dict[str, bytes]
-    load: Callable[[LlamaConfig, dict, jnp.dtype], dict]
-    export: Callable[[LlamaConfig, str, str, dict[str, bytes], str], None]
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that came with it, as it came: with a chat template only if it has one.
@@ -69,6 +59,25 @@ class Weights:
         if "tokenizer.json" not in files and "tokenizer.model" in files:
             return load_tokenizer(f"{self.where}/tokenizer.model", chat_template=None)
         return load_tokenizer_files(files, self.where)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights(Description):
+    """A model somewhere on a disk, in a bucket or on the hub, not yet read.
+
+    Attributes:
+      dtype: "bfloat16" if all its tensors are, else "float32".
+      run_config: of the run that trained it; None where that is not known.
+      load: (config, shardings, dtype) -> parameters on the mesh; a config with a larger
+        vocabulary gets rows that are the mean of the old ones.
+      export: (config, target, dtype, tokenizer files, model card) writes a Hugging Face folder, a
+        tensor or a stacked parameter in memory at a time; the config as for `load`.
+    """
+
+    dtype: str
+    run_config: dict | None
+    load: Callable[[LlamaConfig, dict, jnp.dtype], dict]
+    export: Callable[[LlamaConfig, str, str, dict[str, bytes], str], None]
 
 
 def open_weights(path: str, *, hf_config: str = "", unpermuted: bool = False) -> Weights:
@@ -96,6 +105,23 @@ def open_weights(path: str, *, hf_config: str = "", unpermuted: bool = False) ->
             "hf_config and unpermuted"
         )
     return _from_native(step_folder)
+
+
+def describe_on_hub(name: str) -> Description:
+    """What the hub says of a model; its weights stay there.
+
+    Args:
+      name: org/name; see `is_on_hub`.
+    Raises:
+      InputError: there is no such model, or it is no LLaMA.
+    """
+    folder = download(name, TEXT_FILES)
+    return Description(
+        kind="on the Hugging Face hub, weights not downloaded",
+        where=folder,
+        config=LlamaConfig.from_hf(read_config(f"{folder}/config.json"), f"{name}/config.json"),
+        tokenizer_files=tokenizer_files_in(folder),
+    )
 
 
 def _newest_export(path: str) -> str | None:

@@ -32,7 +32,7 @@ from easylm.trainers.config import DpoConfig, RunConfig, SftConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from easylm.converters.weights import Weights
+    from easylm.converters.weights import Description, Weights
 
 _Config = TypeVar("_Config", SftConfig, DpoConfig)
 _Prepared = TypeVar("_Prepared", Prepared, PreparedPairs)
@@ -90,7 +90,7 @@ def open_tokenizer(
     config: RunConfig,
     workdir: str,
     rows: SourceRows,
-    weights: "Weights | None",
+    weights: "Description | None",
     *,
     going_on: bool,
 ) -> "PreTrainedTokenizerFast":
@@ -122,7 +122,7 @@ def open_tokenizer(
     return tokenizer
 
 
-def model_config(config: RunConfig, weights: "Weights | None", tokenizer) -> LlamaConfig:
+def model_config(config: RunConfig, weights: "Description | None", tokenizer) -> LlamaConfig:
     """The model to train, as large as its tokenizer needs.
 
     Raises:

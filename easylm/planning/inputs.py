@@ -8,6 +8,8 @@ import numpy as np
 
 from easylm import storage
 from easylm.command import say
+from easylm.converters.sources import download, is_on_hub, read_config
+from easylm.converters.weights import Description, describe_on_hub
 from easylm.data.batches import BatchStream
 from easylm.data.pack import most_in_row
 from easylm.data.pair_rows import PAIRS
@@ -70,7 +72,7 @@ def _prepared(config: RunConfig) -> Inputs:
     """Reads and encodes the data; a run that follows finds it encoded."""
     on_pairs = isinstance(config, DpoConfig)
     rows = open_data(config, PAIRS if on_pairs else CONVERSATIONS)["data"]
-    weights = open_weights(config)
+    weights = _describe(config)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = open_tokenizer(config, folder, rows, weights, going_on=False)
     model = model_config(config, weights, tokenizer)
@@ -87,6 +89,11 @@ def _sizes(config: RunConfig) -> LlamaConfig:
     if config.init_from in PUBLISHED and not storage.exists(config.init_from):
         say(f"{config.init_from}: sizes as published, known here")
         return PUBLISHED[config.init_from]
+    if _stays_on_hub(config):
+        folder = download(config.init_from, ["config.json"])
+        say(f"{config.init_from}: sizes by its config.json")
+        where = f"{config.init_from}/config.json"
+        return LlamaConfig.from_hf(read_config(f"{folder}/config.json"), where)
     if config.init_from != "random":
         return open_weights(config).config
     if config.data.tokenizer_vocab_size is not None:
@@ -95,6 +102,21 @@ def _sizes(config: RunConfig) -> LlamaConfig:
 
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.chat_template)
     return config.model.llama_config(vocab_size=len(tokenizer))
+
+
+def _describe(config: RunConfig) -> Description | None:
+    """What the run starts from, for which no weights are read; None for random ones."""
+    if not _stays_on_hub(config):
+        return open_weights(config)
+    described = describe_on_hub(config.init_from)
+    say(f"starting from {config.init_from}: {described.kind}")
+    return described
+
+
+def _stays_on_hub(config: RunConfig) -> bool:
+    """Whether the weights are on the hub, where they can stay."""
+    # With a config.json from elsewhere it takes the weights to know that they have none.
+    return is_on_hub(config.init_from) and not config.model.hf_config
 
 
 def _longer(model: LlamaConfig, config: RunConfig) -> LlamaConfig:
