@@ -7,9 +7,9 @@ import os
 import pathlib
 import tempfile
 import time
+from importlib.metadata import version
 
 import jax
-import jaxlib
 
 from easylm import storage
 from easylm.config import read_json, write_json
@@ -108,7 +108,8 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
 
 def _key(program: Program, lowered: jax.stages.Lowered, topology: Topology) -> str:
     """Of the program and all that compiles it; the lines of source are no part of it."""
-    versions = (jax.__version__, jaxlib.__version__, *_compiler_version(topology))
+    compiler = "libtpu" if topology.platform == "tpu" else "jaxlib"
+    versions = (version("jax"), version(compiler))
     kind = program.mesh.devices.flat[0].device_kind
     options = str(COMPILER_OPTIONS.get(topology.platform))
     text = "\n".join((*versions, kind, topology.shape, options, _counting(), lowered.as_text()))
@@ -120,14 +121,6 @@ def _counting() -> str:
     """A hash of this package: what it counts, and how it is kept, may change with it."""
     files = sorted(pathlib.Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-
-
-def _compiler_version(topology: Topology) -> tuple[str, ...]:
-    if topology.platform != "tpu":
-        return ()
-    import libtpu
-
-    return (libtpu.__version__,)
 
 
 def _load(path: str) -> Compiled:
