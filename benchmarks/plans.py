@@ -28,7 +28,7 @@ import time
 from importlib.metadata import version
 from typing import NamedTuple
 
-from benchmarks.plans_page import costs, faults, in_order, line, page, placed
+from benchmarks.plans_page import costs, faults, in_order, line, name_of, page, placed
 from easylm.config import CONFIGS, load
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -46,13 +46,19 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.recipe}@{self.topology}"
+        return name_of(*self)
 
 
 def row(recipe: str, topology: str, mesh: str, micro_batches: int, remat: str, **others) -> Row:
     """A plan of a recipe with another mesh, as another slice needs it."""
     overrides = {"mesh": mesh, "micro_batches": micro_batches, "remat": remat, **others}
     return Row(recipe, topology, overrides)
+
+
+def full(recipe: str, topology: str, mesh: str, rows: int, micro_batches: int) -> Row:
+    """A plan with so many rows a step that none of the slice is idle."""
+    batch = {"batch_examples": "none", "batch_rows": rows}
+    return row(recipe, topology, mesh, micro_batches, "block_sharded", **batch)
 
 
 # Beside the recipes as they are. Of each recipe the smallest slice that it fits comes first.
@@ -75,6 +81,10 @@ OTHERS = [
     row("sft/tulu2_70b", "v4-128", "1,8,8", 3, "block_sharded"),
     row("sft/tulu2_70b", "v5p-64", "1,4,8", 5, "block_sharded"),
     row("sft/tulu2_70b", "v6e-64", "1,4,16", 5, "block_sharded"),
+    full("sft/tulu2_7b", "v3-256", "1,32,8", 128, 4),
+    full("sft/tulu2_13b", "v3-256", "1,32,8", 128, 4),
+    full("sft/tulu1_65b", "v3-256", "1,32,8", 512, 4),
+    full("sft/tulu2_70b", "v6e-64", "1,8,8", 32, 4),
 ]
 
 
@@ -193,7 +203,7 @@ def _read() -> list[dict]:
 def known(results: list[dict], rows: list[Row]) -> dict[str, dict]:
     """The results by name, without those of plans that are no longer asked for."""
     asked = {one.name: one.overrides for one in rows}
-    named = {f"{made['recipe']}@{made['topology']}": made for made in results}
+    named = {name_of(**made): made for made in results}
     return {name: made for name, made in named.items() if asked.get(name) == made["overrides"]}
 
 

@@ -12,11 +12,11 @@ MOST = 0.95  # of what a program may use; the rest is for what no plan knows
 
 # MFU that others have reached with a model of about the size on the slice: no bound may lie below.
 PUBLISHED = {
-    "sft/tulu2_7b@v3-256": (0.473, "Levanter 1.0, 6.7B"),
-    "sft/tulu2_13b@v3-256": (0.544, "Levanter 1.0, 13B"),
-    "sft/tulu1_65b@v3-256": (0.446, "Levanter 1.0, 65B"),
+    "sft/tulu2_7b@v3-256 full": (0.473, "Levanter 1.0, 6.7B"),
+    "sft/tulu2_13b@v3-256 full": (0.544, "Levanter 1.0, 13B"),
+    "sft/tulu1_65b@v3-256 full": (0.446, "Levanter 1.0, 65B"),
     "sft/tulu1_7b@v3-8": (0.08, "EasyLM issue 61, 7B"),
-    "sft/tulu2_70b@v6e-64": (0.460, "MaxText, Llama 3.1 70B"),
+    "sft/tulu2_70b@v6e-64 full": (0.460, "MaxText, Llama 3.1 70B"),
 }
 PREFERENCES = "dpo/tulu2_70b"
 PAPERS_RUN = "took about 7 days on a v3-512"  # arXiv 2311.10702
@@ -38,6 +38,11 @@ def placed(text: str, between: str) -> str:
     return f"{before}{BEGIN}\n\n{between}\n\n{END}{after}"
 
 
+def name_of(recipe: str, topology: str, overrides: dict, **_) -> str:
+    """A plan's own name; `full` if its batch is no longer the recipe's but fills the slice."""
+    return f"{recipe}@{topology}{' full' if 'batch_rows' in overrides else ''}"
+
+
 def share(made: dict) -> float:
     """Of the memory that a program may use, what the step takes."""
     memory = made["plan"]["memory"]
@@ -51,7 +56,7 @@ def faults(made: dict) -> list[str]:
         found.append(f"does not fit: it takes {share(made):.1%} of what a program may use")
     elif share(made) > MOST:
         found.append(f"takes {share(made):.1%} of what a program may use, more than {MOST:.0%}")
-    reached, of = PUBLISHED.get(f"{made['recipe']}@{made['topology']}", (0.0, ""))
+    reached, of = PUBLISHED.get(name_of(**made), (0.0, ""))
     if plan["fits"] and plan["estimate"]["mfu_bound"] <= reached:
         bound = plan["estimate"]["mfu_bound"]
         found.append(f"MFU is bound to {bound:.1%}, but {reached:.1%} was reached ({of})")
@@ -61,9 +66,11 @@ def faults(made: dict) -> list[str]:
 def page(results: list[dict]) -> str:
     """What docs/plan.md says: the estimates, the plans, and what it took to make them."""
     as_they_are = [made for made in results if not made["overrides"]]
-    others = sorted(
+    changed = sorted(
         (made for made in results if made["overrides"]), key=lambda made: in_order(made["recipe"])
     )
+    others = [made for made in changed if "batch_rows" not in made["overrides"]]
+    full = [made for made in changed if "batch_rows" in made["overrides"]]
     parts = [
         "GiB are those of a device, the share that of what a program may use there. Times and MFU "
         "are estimates: bounds as explained above, not measurements. A step takes at least the "
@@ -71,6 +78,9 @@ def page(results: list[dict]) -> str:
         "the hours of the run (at least) are those of the first.",
         *_table("The recipes as they are, on the pods that they are meant for:", as_they_are),
         *_table("With `--topology` and `--config.mesh`, `micro_batches`, `remat` as here:", others),
+        *_table(
+            "With batches as large as pre-training has them, to compare with published MFU:", full
+        ),
         preference_days([made for made in results if made["recipe"] == PREFERENCES]),
         beside_published(results),
         effort(results),
@@ -96,7 +106,7 @@ def line(made: dict) -> str:
     """A plan as a line of the table."""
     plan, estimate = made["plan"], made["plan"]["estimate"]
     # What is set beside the options that have a place of their own.
-    own = ("mesh", "micro_batches", "remat")
+    own = ("mesh", "micro_batches", "remat", "batch_examples")
     beside = [f"{name}={value}" for name, value in made["overrides"].items() if name not in own]
     cells = [
         ", ".join([made["recipe"], *beside]),
@@ -148,10 +158,13 @@ def beside_published(results: list[dict]) -> str:
     """The bounds beside what others have reached."""
     listed = []
     for made in results:
-        reached, of = PUBLISHED.get(f"{made['recipe']}@{made['topology']}", (0.0, ""))
+        reached, of = PUBLISHED.get(name_of(**made), (0.0, ""))
         if of and made["plan"]["fits"]:
             bound = made["plan"]["estimate"]["mfu_bound"]
-            listed.append(f"{reached:.1%} on a {made['topology']} ({of}), at most {bound:.1%} here")
+            listed.append(
+                f"{made['recipe']} on a {made['topology']} at most {bound:.1%}, and {reached:.1%} "
+                f"was reached ({of})"
+            )
     if not listed:
         return ""
     return f"MFU that others have published, beside these bounds: {'; '.join(listed)}."

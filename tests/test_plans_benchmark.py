@@ -77,9 +77,9 @@ def test_faults_are_no_room_too_little_room_and_bounds_below_what_was_reached():
     assert plans_page.faults(answer(total=15.2)) == []
     assert "does not fit" in plans_page.faults(answer(total=17))[0]
     assert "more than 95%" in plans_page.faults(answer(total=15.3))[0]
-    (fault,) = plans_page.faults(answer(mfu_bound=0.47))
+    (fault,) = plans_page.faults(answer(mfu_bound=0.47, overrides={"batch_rows": 128}))
     assert "bound to 47.0%, but 47.3% was reached" in fault
-    assert plans_page.faults(answer("sft/code_tulu2_7b", mfu_bound=0.05)) == []
+    assert plans_page.faults(answer(mfu_bound=0.05)) == []  # its small batch fills no such slice
 
 
 def test_a_line_says_what_to_set_and_what_comes_of_it():
@@ -95,14 +95,17 @@ def test_a_line_says_what_to_set_and_what_comes_of_it():
 
 
 def test_the_page_says_of_times_that_they_are_estimates_and_compares_them():
+    full = {"batch_examples": "none", "batch_rows": 128}
     results = [answer(), answer("dpo/tulu2_70b", "v3-512"), answer("dpo/tulu2_70b", hours=96.0)]
+    results.append(answer(overrides=full))
     page = plans_page.page(results)
     text = " ".join(page.split())
     assert text.index("are estimates") < text.index("| recipe |")
     assert "3 times over 61,135 pairs with 500 tokens a side" in text
     assert "4 on a v3-256, 2 on a v3-512" in text
     assert "about 7 days on a v3-512" in text
-    assert "47.3% on a v3-256 (Levanter 1.0, 6.7B), at most 60.0% here" in text
+    assert "a v3-256 at most 60.0%, and 47.3% was reached (Levanter 1.0, 6.7B)" in text
+    assert "| sft/tulu2_7b, batch_rows=128 |" in text
     assert "in 30 to 30 s, by a process that took 2.0 GB or less; asked again, the longest" in text
 
 
