@@ -9,7 +9,7 @@ from easylm.planning.estimate import Plan
 from easylm.planning.overflow import Overflow
 from easylm.planning.roofline import Roofline
 
-_BAR = 26
+_BAR = 25
 # Of the temporaries, so many are shown, if each takes at least this share of what is needed.
 _SHOWN, _LEAST = 8, 0.01
 
@@ -72,7 +72,8 @@ def _memory(plan: Plan) -> str:
     if plan.usable is not None:
         share = total / plan.usable
         filled = "#" * min(_BAR, round(share * _BAR))
-        line += f"  [{filled:.<{_BAR}}] {share:>6.1%} {verdict}"
+        percent = f"{share:>6.1%}" if share < 10 else f"{share:.0%}"
+        line += f"  [{filled:.<{_BAR}}] {percent} {verdict}"
     return "\n".join(["memory of a device, by the compiler", *text, line])
 
 
@@ -158,7 +159,7 @@ def _time(plan: Plan) -> str:
             f"  compute      {time(line.compute_seconds)}",
             f"  memory       {time(line.memory_seconds)}",
             f"  interconnect {time(line.interconnect_seconds)}",
-            f"  at least     {time(line.step_seconds)}, an estimate: all three at once, bound by "
+            f"  at least     {time(line.step_seconds)}, an estimate: all at once, bound by "
             f"{line.bound}",
             f"  or           {time(line.serial_seconds)}, an estimate: nothing is sent while a "
             "device computes",
