@@ -105,7 +105,7 @@ def _temporary_bytes(plan: Plan) -> int:
 def _temporaries(overflow: Overflow) -> str:
     large = [one for one in overflow.largest if one.size * one.count > _LEAST * overflow.needed]
     if not large:
-        return "no temporary at the peak takes as much as 1% of it: it is the state that is large"
+        return "no temporary takes 1% of it: what is large are the lines above it"
     lines = ["the largest temporaries at the peak, and the lines that make them"]
     for one in large[:_SHOWN]:
         times = f"{one.count} x " if one.count > 1 else ""
