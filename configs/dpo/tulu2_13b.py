@@ -20,5 +20,5 @@ from easylm.configs.dpo import tulu2_7b
 def get_config():
     config = tulu2_7b.get_config()
     config.init_from = "allenai/tulu-2-13b"
-    config.mesh = "1,32,8"
+    config.remat = "block_sharded"
     return config

@@ -19,7 +19,7 @@ from easylm.configs.dpo import tulu2_7b
 def get_config():
     config = tulu2_7b.get_config()
     config.init_from = "allenai/tulu-2-70b"
-    config.pod = "v3-512"
-    config.mesh = "1,16,32"
+    config.pod = "v3-256"
+    config.mesh = "1,-1,64"
     config.remat = "block_sharded"
     return config

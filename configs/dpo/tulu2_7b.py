@@ -41,11 +41,11 @@ def get_config():
     config.batch_examples = 32
     config.eval_every = 500
 
-    config.pod = "v3-256"
-    config.mesh = "1,8,32"
+    config.pod = "v3-32"
+    config.mesh = "1,-1,8"
     config.param_dtype = "float32"
     config.compute_dtype = "bfloat16"
-    config.remat = "block"
+    config.remat = "dots"
     config.micro_batches = 1
     config.loss_chunk = 512
 

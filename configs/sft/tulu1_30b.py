@@ -24,4 +24,5 @@ def get_config():
     config.data.seq_len = 1024
     config.optimizer.learning_rate = 1e-5
     config.mesh = "1,-1,4"
+    config.micro_batches = 3
     return config

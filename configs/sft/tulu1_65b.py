@@ -22,6 +22,8 @@ def get_config():
     config = tulu1_7b.get_config()
     config.init_from = "huggyllama/llama-65b"
     config.pod = "v3-256"
+    config.mesh = "1,-1,16"
+    config.remat = "block_sharded"
     config.data.seq_len = 1024
     config.optimizer.learning_rate = 1e-5
     return config

@@ -41,7 +41,7 @@ def get_config():
     config.mesh = "1,-1,8"
     config.param_dtype = "float32"
     config.compute_dtype = "bfloat16"
-    config.remat = "block"
+    config.remat = "dots"
     config.micro_batches = 1
     config.loss_chunk = 512
 
