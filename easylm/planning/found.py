@@ -11,8 +11,8 @@ from easylm.planning.candidates import Candidate
 from easylm.trainers.config import RunConfig
 
 _HEAD = """\
-        micro-                  row  memory    of  step seconds    MFU  empty
-mesh   batches remat         tokens     GiB   HBM   (estimates) (est.)   rows"""
+        micro-                  row  memory    of    step seconds    MFU  empty
+mesh   batches remat         tokens     GiB   HBM     (estimates) (est.)   rows"""
 
 
 class Planned(Protocol):
@@ -167,7 +167,7 @@ def _line(found: Found) -> str:
     mfu = "-" if planned.mfu_bound is None else f"{planned.mfu_bound:.0%}"
     return (
         f"{one.mesh_text:8}{one.micro_batches:6} {one.remat:13}{one.seq_len:7,}"
-        f"{planned.total_bytes / GIB:8.2f}{share:>6}{seconds:>14}{mfu:>7}{one.empty_rows:7}"
+        f"{planned.total_bytes / GIB:8.2f}{share:>6}{seconds:>16}{mfu:>7}{one.empty_rows:7}"
     )
 
 
