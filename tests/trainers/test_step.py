@@ -1,16 +1,31 @@
 """One optimizer step: micro-batches, meshes, and where things live."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from easylm.models.llama.model import Execution, graph_definition
+from easylm.models.llama.model import (
+    Execution,
+    abstract_params,
+    count_parameters,
+    graph_definition,
+)
+from easylm.models.llama.presets import LLAMA2_7B
 from easylm.models.llama.sharding import execution_on, param_shardings
 from easylm.sharding import batch_sharding, make_mesh
 from easylm.trainers.sft import sft_loss
-from easylm.trainers.step import init_state, jit_step, make_train_step, state_shardings
+from easylm.trainers.step import (
+    TrainState,
+    abstract_batch,
+    init_state,
+    jit_step,
+    make_train_step,
+    state_shardings,
+)
 from tests.tiny import hf_llama, native, packed_rows
 
 
@@ -25,21 +40,24 @@ def batch(tiny):
     return packed_rows(tiny[0], [[16], [3], [2, 2], [15], [9, 6], [4], [12], [5, 5]], 16)
 
 
+def jitted(config, params, mesh, micro_batches, **execution):
+    """(the jitted step of AdamW, its optimizer, its shardings)."""
+    optimizer = optax.adamw(1e-2)
+    shardings = state_shardings(params, param_shardings(config, mesh), optimizer, mesh)
+    execution = execution_on(config, mesh, attention_backend="blockwise", **execution)
+    graph = graph_definition(config, execution)
+    step = make_train_step(
+        graph, sft_loss(loss_chunk=7), optimizer, micro_batches=micro_batches, seed=0
+    )
+    return jit_step(step, shardings, mesh), optimizer, shardings
+
+
 def steps(tiny, batch, *, mesh="1,1,1", micro_batches=1, count=3):
     """Parameters and losses after `count` AdamW steps."""
     config, params = tiny
     devices = jax.devices() if mesh != "1,1,1" else jax.devices()[:1]
     mesh = make_mesh(mesh, devices)
-    optimizer = optax.adamw(1e-2)
-    shardings = state_shardings(params, param_shardings(config, mesh), optimizer, mesh)
-    graph = graph_definition(config, execution_on(config, mesh, attention_backend="blockwise"))
-    step = jit_step(
-        make_train_step(
-            graph, sft_loss(loss_chunk=7), optimizer, micro_batches=micro_batches, seed=0
-        ),
-        shardings,
-        mesh,
-    )
+    step, optimizer, shardings = jitted(config, params, mesh, micro_batches)
     state = init_state(jax.device_put(params, shardings.params), optimizer, shardings)
     rows = jax.device_put(batch, batch_sharding(mesh))
     losses = []
@@ -115,3 +133,29 @@ def test_the_step_consumes_its_state(tiny, batch):
     assert state.params["norm"]["scale"].is_deleted()
     assert int(after.step) == 1
     assert jnp.isfinite(after.params["norm"]["scale"]).all()
+
+
+def test_gradients_of_micro_batches_are_summed_in_place():
+    """Of the parameters' size there is one array of gradients, not one more for a part."""
+    config = dataclasses.replace(
+        LLAMA2_7B,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=64,
+        vocab_size=64,
+    )
+    mesh, params = make_mesh("1,1,1", jax.devices()[:1]), abstract_params(config)
+
+    def temporaries(micro_batches):
+        step, optimizer, _ = jitted(config, params, mesh, micro_batches, remat="block")
+        opt_state = jax.eval_shape(optimizer.init, params)
+        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
+        compiled = step.lower(state, abstract_batch(4, 8)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    size = 4 * count_parameters(config)
+    assert size < temporaries(1)
+    assert temporaries(4) < temporaries(1) + size / 2
