@@ -1,6 +1,6 @@
-"""Compiles the step of a run for machines that are not there: does it fit, how fast can it be?
+"""Compiles a run's step for machines that are not there: does it fit, how fast?
 
-python -m easylm.plan --config=CONFIG [--topology=v3-256] [--search | --smallest]
+python -m easylm.plan --config=CONFIG [--topology=v3-32] [--search | --smallest]
 
 Exits 0 where it fits, 3 where it does not. Speeds are estimates.
 """
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         raise InputError("--topology: not given, and the config names no pod; wanted one of both")
     if named["search"] and named["smallest"]:
         raise InputError("--search and --smallest: found both; wanted one, or none")
-    if minutes <= 0:
+    if not minutes > 0:  # nor what is no number
         raise InputError(f"--budget_minutes: found {minutes:g}; wanted a number above 0")
     if named["smallest"]:
         slices = parse_generation(name)
