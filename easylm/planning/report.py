@@ -161,7 +161,7 @@ def _time(plan: Plan) -> str:
             f"  interconnect {time(line.interconnect_seconds)}",
             f"  at least     {time(line.step_seconds)}, an estimate: all at once, bound by "
             f"{line.bound}",
-            f"  or           {time(line.serial_seconds)}, an estimate: nothing is sent while a "
+            f"  or           {time(line.serial_seconds)}, an estimate: nothing sent while a "
             "device computes",
             f"  MFU          at most {line.mfu_bound:.1%}, an estimate; "
             f"{line.tokens_per_second:,.0f} tokens/s at most",

@@ -170,6 +170,7 @@ def test_sizes_and_times_of_a_tiny_step_are_not_zeros():
         tokens=100.0, steps=10,
     )  # fmt: skip
     text = report(dataclasses.replace(plan, roofline=line), [])
+    assert max(map(len, text.splitlines())) <= 80
     memory = block(text, "memory of a device")
     assert size_in(memory["optimizer"]) == 2**22 and size_in(memory["temporaries"]) == 2**20
     times = block(text, "time of a step")
