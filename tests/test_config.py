@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from easylm import config
-from easylm.command_line import choose_class, parse_command_line
+from easylm.command_line import Flag, choose_class, parse_command_line, parse_config
 from easylm.config import difference, from_config_dict, from_dict, option, to_config_dict
 from easylm.errors import InputError
 from tests.bucket import running_bucket
@@ -245,6 +245,46 @@ def test_help_of_the_training_options_is_quick_and_loads_no_jax():
     assert result.returncode == 0, result.stderr
     assert "--config.optimizer.learning_rate=" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+OWN = {
+    "place": Flag(str, "here", "NAME", "A place."),
+    "minutes": Flag(float, 1.5, "N", "Minutes."),
+    "loud": Flag(bool, False, "", "Whether it is loud."),
+}
+
+
+def parse_own(*argv):
+    return parse_config(argv, Outer, "python -m program", "Does it.", usage="[--loud]", own=OWN)
+
+
+def test_a_command_has_options_of_its_own(config_file):
+    path = f"--config={config_file()}"
+    made, own = parse_own(path)
+    assert own == {"place": "here", "minutes": 1.5, "loud": False} and made.steps == 7
+    # Anywhere among the others; the last value counts.
+    made, own = parse_own("--loud", path, "--minutes=3", "--config.steps=9", "--minutes=0.25")
+    assert own == {"place": "here", "minutes": 0.25, "loud": True} and made.steps == 9
+    for argument, said in {
+        "--minutes=soon": "flag --minutes=soon: could not convert string to float: 'soon'",
+        "--loud=perhaps": "Non-boolean argument to boolean flag",
+        "--minuets=3": "--minuets: no such option; wanted --config, --place, --minutes, --loud, "
+        "--help or --config.FIELD=VALUE. Did you mean --minutes?",
+        "--workdir=x": "--workdir: no such option",
+    }.items():
+        with pytest.raises(InputError) as error:
+            parse_own(path, argument)
+        assert said in str(error.value)
+
+
+def test_help_shows_a_commands_own_options(capsys):
+    with pytest.raises(SystemExit):
+        parse_own("--help")
+    shown = capsys.readouterr().out
+    assert "usage: python -m program --config=PATH|NAME [--loud] [--config.FIELD=VALUE" in shown
+    assert "\n  --place=NAME\n      A place.\n" in shown
+    assert "\n  --loud\n      Whether it is loud.\n" in shown
+    assert "--workdir" not in shown
 
 
 def test_json_gives_the_same_config_back(tmp_path):
