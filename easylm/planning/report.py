@@ -78,7 +78,10 @@ def _memory(plan: Plan) -> str:
 
 
 def _parts(plan: Plan) -> dict[str, int]:
-    """Bytes of a device by what they are for; they add up to the total."""
+    """Bytes of a device by what they are for.
+
+    They add up to the total, which the compiler rounds to 0.01 GiB where it found no room.
+    """
     found, state = plan.compiled, plan.state
     arguments, temporaries = _arguments(plan), _temporary_bytes(plan)
     return {
@@ -88,7 +91,7 @@ def _parts(plan: Plan) -> dict[str, int]:
         # Tiles of the device's memory are not always full.
         "layout": arguments - state.params - state.opt_state - state.batch,
         "temporaries": temporaries,
-        "program": found.total - arguments - temporaries,
+        "program": max(0, found.total - arguments - temporaries),
     }
 
 
@@ -234,7 +237,7 @@ def as_values(plan: Plan, advice: Sequence[str]) -> dict:
             "batch": plan.state.batch,
             "arguments": _arguments(plan),
             "temporaries": _temporary_bytes(plan),
-            "program": found.total - _arguments(plan) - _temporary_bytes(plan),
+            "program": _parts(plan)["program"],
             "total": plan.total_bytes,
             "usable": plan.usable,
         },
