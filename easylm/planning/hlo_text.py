@@ -14,7 +14,8 @@ _HEADER = re.compile(r"(?:ENTRY )?%?(\S+) \(.*\{$")
 _START = re.compile(r"\s+(?:ROOT )?%?\S+ = ")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?(\S+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,<=]*)\](?:\{([^}]*)\})?")
-_NAME = re.compile(r"%([\w.-]+)")
+# An element of a tuple may be named where it is used, by its index, such as %while.72#3.
+_NAME = re.compile(r"%([\w.-]+(?:#\d+)*)")
 
 # Types without a width in their name; what holds no data has none.
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
@@ -160,6 +161,7 @@ def parse_module(text: str) -> Module:
 
 def _computation(name: str, lines: list[str]) -> Computation:
     instructions, root = {}, None
+    shapes = {}
     for line in lines:
         match = _INSTRUCTION.match(line)
         if match is None:
@@ -167,17 +169,50 @@ def _computation(name: str, lines: list[str]) -> Computation:
         is_root, label, shape, opcode, rest = match.groups()
         end = _closing(rest)
         arguments = rest[:end]
+        operands = tuple(_NAME.findall(arguments))
+        for operand in operands:
+            _take_element(operand, instructions, shapes)
+        shapes[label] = shape
         instruction = Instruction(
             name=label,
             opcode=opcode,
             arrays=_arrays(shape),
-            operands=tuple(_NAME.findall(arguments)),
+            operands=operands,
             arguments=arguments,
             attributes=rest[end:],
         )
         instructions[label] = instruction
         root = instruction if is_root else root
     return Computation(name, instructions, root)
+
+
+def _take_element(name: str, instructions: dict[str, Instruction], shapes: dict[str, str]) -> None:
+    """Adds the instruction that an operand such as while.72#3 stands for, if it is one of these."""
+    of, is_element, index = name.rpartition("#")
+    if not is_element or name in instructions:
+        return
+    _take_element(of, instructions, shapes)
+    shapes[name] = _elements(shapes[of])[int(index)]
+    instructions[name] = Instruction(
+        name=name,
+        opcode="get-tuple-element",
+        arrays=_arrays(shapes[name]),
+        operands=(of,),
+        arguments=f"%{of}",
+        attributes=f"), index={index}",
+    )
+
+
+def _elements(shape: str) -> list[str]:
+    """The shapes that a tuple's consists of."""
+    elements, depth = [""], 0
+    for character in shape[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and not depth:
+            elements.append("")
+        else:
+            elements[-1] += character
+    return elements
 
 
 def _closing(text: str) -> int:

@@ -227,3 +227,22 @@ def test_kinds_that_are_not_counted_are_refused():
     program = per_device(mesh, lambda x: jax.lax.psum(x, "x"), Spec("x"), Spec(), (1024, 128))
     with pytest.raises(ValueError, match=r"psum\S* of main\S*: cannot count a collective-br"):
         program_costs(program.replace(" all-reduce(", " collective-broadcast("))
+
+
+@ALL
+def test_elements_of_tuples_named_where_they_are_used(topology):
+    """As jax 0.11 has programs written: %while.72#3 for a get-tuple-element of its own line."""
+    program = tensor_parallel(topology)
+    element = r"  %(\S+) = [^\n]* get-tuple-element\([^\n]*%([\w.-]+)\), index=(\d+)[^\n]*\n"
+    places = {name: f"{of}#{index}" for name, of, index in re.findall(element, program)}
+    assert places
+
+    def place(match):
+        name = places.get(match[1], match[1])
+        while (of := name.partition("#")[0]) in places:
+            name = name.replace(of, places[of], 1)
+        return f"%{name}"
+
+    short = re.sub(r"%([\w.-]+)", place, re.sub(element, "", program))
+    assert "#" in short
+    assert program_costs(short) == program_costs(program)
