@@ -80,11 +80,14 @@ def find_smallest(
     if found.found is None:
         why = "the time is used up (--budget_minutes)" if found.is_over else "it fits none of them"
         say(f"tried {', '.join(found.tried)}: {why}")
+        if as_json:
+            print(json.dumps({"fits": False, "tried": found.tried}))
         return False
     candidate, plan = found.found
     _show(plan, as_json=as_json)
-    overrides = [f"--topology={found.topology.name}", *candidate.overrides(config)]
-    say("\n".join(["The smallest slice that it fits, with", *(f"  {one}" for one in overrides)]))
+    if not as_json:
+        options = [f"--topology={found.topology.name}", *candidate.overrides(config)]
+        print("\n".join(["", "the smallest slice that it fits:", *(f"  {one}" for one in options)]))
     return True
 
 

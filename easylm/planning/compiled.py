@@ -14,7 +14,13 @@ import jax
 from easylm import storage
 from easylm.config import read_json, write_json
 from easylm.planning.hlo_costs import Collective, program_costs
-from easylm.planning.overflow import Overflow, Temporary, is_overflow, read_overflow
+from easylm.planning.overflow import (
+    Overflow,
+    Temporary,
+    dumped,
+    is_overflow,
+    read_overflow,
+)
 from easylm.planning.topology import Topology
 from easylm.trainers.build import Program
 from easylm.trainers.step import COMPILER_OPTIONS
@@ -102,8 +108,7 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
     """
     with tempfile.TemporaryDirectory() as folder:
         executable = lowered.compile({"xla_dump_to": folder})
-        (path,) = pathlib.Path(folder).glob("*after_optimizations.txt")
-        return executable, path.read_text(encoding="utf-8")
+        return executable, dumped(folder, "after_optimizations")
 
 
 def _key(program: Program, lowered: jax.stages.Lowered, topology: Topology) -> str:
@@ -118,8 +123,9 @@ def _key(program: Program, lowered: jax.stages.Lowered, topology: Topology) -> s
 
 @functools.cache
 def _counting() -> str:
-    """A hash of this package: what it counts, and how it is kept, may change with it."""
-    files = sorted(pathlib.Path(__file__).parent.glob("*.py"))
+    """A hash of what makes a `Compiled` of a program: another version may count otherwise."""
+    folder = pathlib.Path(__file__).parent
+    files = [folder / "compiled.py", folder / "overflow.py", *sorted(folder.glob("hlo_*.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 

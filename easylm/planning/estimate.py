@@ -28,6 +28,7 @@ class Plan:
     Attributes:
       config: the run's.
       topology: its machines.
+      device_kind: of the devices, as jax names it.
       inputs: its model and the amounts of its data.
       mesh: sizes of data, fsdp and tensor.
       rows: of a step as they lie on the mesh, the empty ones that fill it included.
@@ -43,6 +44,7 @@ class Plan:
 
     config: RunConfig
     topology: Topology
+    device_kind: str
     inputs: Inputs
     mesh: dict[str, int]
     rows: int
@@ -127,6 +129,7 @@ def make_plan(
     return Plan(
         config=config,
         topology=topology,
+        device_kind=kind,
         inputs=inputs,
         mesh=dict(program.mesh.shape),
         rows=program.batch["tokens"].shape[0],

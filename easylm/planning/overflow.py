@@ -7,7 +7,6 @@ which buffers it placed where (buffer-assignment), which of them are alive when 
 
 import collections
 import functools
-import glob
 import pathlib
 import re
 import tempfile
@@ -99,9 +98,9 @@ def read_overflow(lowered: jax.stages.Lowered) -> Overflow:
 
 
 def _read_dump(folder: str, totals: re.Match) -> Overflow:
-    sizes, buffers = _read_assignment(_dumped(folder, "buffer-assignment"))
-    program = _Program(_dumped(folder, "after_optimizations"))
-    alive = _alive_at_peak(_dumped(folder, "live-range"), buffers)
+    sizes, buffers = _read_assignment(dumped(folder, "buffer-assignment"))
+    program = _Program(dumped(folder, "after_optimizations"))
+    alive = _alive_at_peak(dumped(folder, "live-range"), buffers)
     counts = collections.Counter(
         (buffer.size, buffer.shape, *_origin(buffer, buffers, program)) for buffer in alive
     )
@@ -119,9 +118,14 @@ def _read_dump(folder: str, totals: re.Match) -> Overflow:
     )
 
 
-def _dumped(folder: str, end: str) -> str:
-    (path,) = glob.glob(f"{glob.escape(folder)}/*{end}.txt")
-    return pathlib.Path(path).read_text(encoding="utf-8")
+def dumped(folder: str, end: str) -> str:
+    """The file of a folder that the compiler dumped to whose name ends so, without its suffix.
+
+    There may be more than one: parts of a program that are compiled by themselves have higher
+    numbers.
+    """
+    path = min(pathlib.Path(folder).glob(f"*{end}.txt"))
+    return path.read_text(encoding="utf-8")
 
 
 def _bytes(text: str) -> int:

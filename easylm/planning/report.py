@@ -36,11 +36,10 @@ def _run(plan: Plan) -> str:
     lengths = stream.segment_lengths.sum(axis=1)
     axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     usable = "" if plan.usable is None else f", {_size(plan.usable)} usable on each"
-    kind = plan.topology.device_kind or "GPU"
     filling = plan.rows - stream.batch_rows
     empty = f", and {_count(filling, 'empty row')}" if filling else ""
     lines = {
-        "devices": f"{plan.topology.name}: {plan.num_devices} x {kind}{usable}",
+        "devices": f"{plan.topology.name}: {plan.num_devices} x {plan.device_kind}{usable}",
         "model": f"{plan.parameters:,} parameters in {config.param_dtype}, {config.init_from}",
         "data": f"{_count(len(lengths), plan.inputs.noun)} of {lengths.mean():,.0f} tokens on "
         f"average, {plan.inputs.origin}",
@@ -211,7 +210,7 @@ def as_values(plan: Plan, advice: Sequence[str]) -> dict:
     return {
         "topology": plan.topology.name,
         "devices": plan.num_devices,
-        "device_kind": plan.topology.device_kind,
+        "device_kind": plan.device_kind,
         "init_from": plan.config.init_from,
         "parameters": plan.parameters,
         "mesh": plan.mesh,

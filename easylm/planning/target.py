@@ -12,6 +12,9 @@ def prepare_environment(topology: Topology) -> None:
 
     A TPU of this machine is left alone: others may be training on it.
     """
+    # jax would read back what an earlier call compiled, and then nothing is dumped; or fail to, for
+    # devices that are absent.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if topology.platform == "gpu":
         # Compiling needs no memory of the GPU, which may be in use.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -27,8 +30,6 @@ def prepare_environment(topology: Topology) -> None:
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{topology.generation}-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    # jax would keep what it compiles, and then fail to read it back for devices that are absent.
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 
 def target_devices(topology: Topology) -> list:

@@ -59,6 +59,7 @@ def make_plan(compiled=FITTING, name="v3-2048", steps=10, **changes) -> Plan:
     return Plan(
         config=dataclasses.replace(config, init_from=origin),
         topology=topology,
+        device_kind=topology.device_kind,
         inputs=inputs,
         mesh={"data": 1, "fsdp": count // 8, "tensor": 8},
         rows=2 * count // 8,
