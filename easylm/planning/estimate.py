@@ -8,6 +8,7 @@ import numpy as np
 
 from easylm.attention import choose_backend
 from easylm.devices import DEVICES
+from easylm.metrics import model_flops
 from easylm.planning.compiled import Compiled, compile_step
 from easylm.planning.flops import Flops, count_parameters, step_flops
 from easylm.planning.inputs import Inputs
@@ -17,7 +18,7 @@ from easylm.planning.topology import Topology
 from easylm.trainers.build import Program
 from easylm.trainers.config import DpoConfig, RunConfig
 
-# Steps whose rows are looked at to know a typical one.
+# Steps whose rows are looked at to know the work of a typical one.
 _SAMPLES = 8
 
 
@@ -124,7 +125,7 @@ def make_plan(
     attention = config.attention
     if attention == "auto":
         attention = choose_backend(kind, inputs.model.head_dim, seq_len, dtype)
-    flops = _typical_flops(config, inputs, program, attention, topology.platform)
+    flops = typical_flops(config, inputs, program, attention, topology.platform)
     steps = len(inputs.stream)
     return Plan(
         config=config,
@@ -152,11 +153,13 @@ def make_plan(
     )
 
 
-def _typical_flops(
+def typical_flops(
     config: RunConfig, inputs: Inputs, program: Program, attention: str, platform: str
 ) -> Flops:
-    """Of a step on average, over a few steps of the run."""
-    steps = np.unique(np.linspace(0, len(inputs.stream) - 1, _SAMPLES).astype(int))
+    """Of a step: what the model asks for on average, and what the program computes on a few."""
+    # The last step of a run may be nearly empty.
+    last = max(0, len(inputs.stream) - 2)
+    steps = np.unique(np.linspace(0, last, _SAMPLES).astype(int))
     rows, tensor = program.batch["tokens"].shape[0], program.mesh.shape["tensor"]
     groups = program.mesh.size // tensor
     at_once = rows // (groups * config.micro_batches)
@@ -178,7 +181,20 @@ def _typical_flops(
         tensor=tensor,
         rows_at_once=at_once,
     )
-    return Flops(*(count // len(steps) for count in counted))
+    return Flops(_model_flops(inputs) / len(inputs.stream), counted.hardware / len(steps))
+
+
+def _model_flops(inputs: Inputs) -> float:
+    """Of the whole run, as MFU counts them."""
+    model, lengths = inputs.model, inputs.stream.seen_lengths.astype(np.float64)
+    return model_flops(
+        parameters=count_parameters(model),
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        head_dim=model.head_dim,
+        tokens=lengths.sum(),
+        causal_pairs=(lengths * (lengths + 1) / 2).sum(),
+    )
 
 
 def _usable(devices: list[jax.Device]) -> int | None:

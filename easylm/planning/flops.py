@@ -39,8 +39,8 @@ class Flops(NamedTuple):
         rest (norms, softmax, the optimizer) is under 1 % of a model of 7B.
     """
 
-    model: int
-    hardware: int
+    model: float
+    hardware: float
 
 
 def step_flops(

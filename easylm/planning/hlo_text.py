@@ -11,6 +11,7 @@ import re
 from typing import NamedTuple
 
 _HEADER = re.compile(r"(?:ENTRY )?%?(\S+) \(.*\{$")
+_END = re.compile(r"\}(, execution_thread=.*)?$")
 _START = re.compile(r"\s+(?:ROOT )?%?\S+ = ")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?(\S+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,<=]*)\](?:\{([^}]*)\})?")
@@ -142,7 +143,7 @@ def parse_module(text: str) -> Module:
     """
     computations, entry, name, lines = {}, None, None, []
     for line in text.splitlines():
-        if name is not None and line == "}":
+        if name is not None and _END.match(line):
             computations[name] = _computation(name, lines)
             name = None
         elif name is not None and (_START.match(line) or not lines):

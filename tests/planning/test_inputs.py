@@ -1,20 +1,25 @@
 """What plan knows of a run's model and data, against what training does with the same config."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from easylm import dpo, sft
 from easylm.command_line import parse_config
+from easylm.config import from_config_dict, load
 from easylm.data.pair_batches import pairs_per_row
 from easylm.data.pair_rows import PAIRS
 from easylm.errors import InputError
 from easylm.models.llama.presets import PUBLISHED
+from easylm.planning.estimate import typical_flops
 from easylm.planning.inputs import read_inputs
+from easylm.planning.program import build_program
 from easylm.start import (
     batch_rows,
     model_config,
@@ -131,7 +136,10 @@ def test_published_sizes_are_known_here(folder, capsys):
 IN_A_PROCESS = """
 import json, sys
 from easylm.command_line import parse_config
+from easylm.config import from_config_dict, load
+from easylm.planning.estimate import typical_flops
 from easylm.planning.inputs import read_inputs
+from easylm.planning.program import build_program
 from easylm.trainers.config import SftConfig
 inputs = read_inputs(parse_config(sys.argv[1:], SftConfig, "", "", usage="", own={})[0])
 print(json.dumps([inputs.model.hidden_size, len(inputs.stream), inputs.origin]))
@@ -177,3 +185,25 @@ def test_the_weights_of_a_hubs_model_stay_there(folder, tmp_path):
     assert downloaded >= {"config.json", "tokenizer.json"}
     assert "model.safetensors" not in downloaded
     assert "InputError: org/none: no such folder here, and the Hugging Face hub" in none.stderr
+
+
+def test_the_flops_of_a_step_are_those_of_the_run_even_if_its_last_step_is_nearly_empty():
+    config = from_config_dict(SftConfig, load("sft/tulu2_7b").config)
+    data = dataclasses.replace(config.data, expected_examples=1100)
+    config = dataclasses.replace(
+        config, data=data, epochs=1, mesh="1,1,1", batch_examples=512, micro_batches=1
+    )
+    inputs = read_inputs(config)
+    filled = sum(len(ids) > 0 for ids in inputs.stream.plan_rows(len(inputs.stream) - 1))
+    assert 0 < filled < inputs.stream.batch_rows / 4
+    program = build_program(config, inputs, jax.devices()[:1])
+    flops = typical_flops(config, inputs, program, "blockwise", "tpu")
+    lengths = inputs.stream.seen_lengths.astype(float)
+    tokens, pairs = lengths.sum(), (lengths * (lengths + 1) / 2).sum()
+    asked = 6 * 6738415616 * tokens + 12 * 32 * 4096 * pairs
+    assert flops.model * len(inputs.stream) == pytest.approx(asked, rel=1e-12)
+    rows, seq_len = program.batch["tokens"].shape
+    kernels = 6738415616 - 2 * 32000 * 4096
+    # All rows of a full step, forward and backward, with little attention beside them.
+    least = 6 * rows * seq_len * (kernels + 32000 * 4096)
+    assert 1.05 * least < flops.hardware < 1.4 * least
