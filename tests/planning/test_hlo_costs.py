@@ -246,3 +246,13 @@ def test_elements_of_tuples_named_where_they_are_used(topology):
     short = re.sub(r"%([\w.-]+)", place, re.sub(element, "", program))
     assert "#" in short
     assert program_costs(short) == program_costs(program)
+
+
+def test_what_runs_on_other_cores_of_a_chip_is_read_too():
+    """SparseCores of v5p and v6e: their computations end with the name of a thread."""
+    program = per_device(
+        make_mesh("cpu", 8), lambda x: jax.lax.psum(x, "x"), Spec("x"), Spec(), (64,)
+    )
+    elsewhere = program.replace("\n}\n", '\n}, execution_thread="sparsecore"\n', 1)
+    assert elsewhere != program
+    assert program_costs(elsewhere) == program_costs(program)
