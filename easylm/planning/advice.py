@@ -4,14 +4,14 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
+from easylm.devices import GIB
 from easylm.models.llama.config import LlamaConfig
 from easylm.models.llama.sharding import tensor_sizes
+from easylm.planning.candidates import ITEM_SIZES, least_bytes
 from easylm.planning.overflow import Overflow, Temporary
 from easylm.planning.topology import Topology, slices
 from easylm.trainers.config import RunConfig
 
-_GIB = 2**30
-_ITEM_SIZES = {"float32": 4, "bfloat16": 2}
 # Below it, smaller chunks of logits save little and slow the loss down.
 _SMALL_CHUNK = 512
 # What saves less than this share of the memory needed is not worth a word.
@@ -33,6 +33,11 @@ class _Shares:
     logits: int
     passing: int
     weights: int
+
+    @property
+    def growing(self) -> int:
+        """All that grows with the rows computed at once."""
+        return self.kept + self.logits + self.passing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +67,28 @@ class _Run:
     @property
     def at_once(self) -> int:
         """Rows of a micro-batch in one group."""
-        return self.rows_at_once(self.config.micro_batches)
+        return -(-self.rows // (self.groups * self.config.micro_batches))
 
     @property
     def chunk(self) -> int:
         """Tokens of a row whose logits exist at the same time."""
         return min(self.config.loss_chunk, self.config.data.seq_len)
 
-    def rows_at_once(self, micro_batches: int) -> int:
-        """Rows of a micro-batch in one group, for another number of micro-batches."""
-        return -(-self.rows // (self.groups * micro_batches))
+    @property
+    def rounded(self) -> RunConfig:
+        """The config with the mean of gradients in bfloat16."""
+        optimizer = dataclasses.replace(self.config.optimizer, mu_dtype="bfloat16")
+        return dataclasses.replace(self.config, optimizer=optimizer)
+
+    @property
+    def is_too_large_at_rest(self) -> bool:
+        """Whether parameters, optimizer and gradients alone exceed the memory of a device."""
+        return self.at_rest(self.config) > self.overflow.usable
+
+    def at_rest(self, config: RunConfig) -> int:
+        """Bytes of parameters, optimizer and gradients."""
+        mesh = (self.mesh["data"], self.mesh["fsdp"], self.mesh["tensor"])
+        return least_bytes(config, self.model, mesh)
 
 
 def advice(
@@ -83,11 +100,14 @@ def advice(
     rows: int,
     topology: Topology,
 ) -> list[str]:
-    """What to change, with what it is worth; what saves the most first, a larger slice last.
+    """What to change, with what it is worth.
 
-    The savings are estimates from the sizes of what is alive at the peak. Where they make another
-    moment of the step the peak, less is saved, so plan again. Each change is one that this config
-    and model allow.
+    First come changes that leave the result of training alone, what saves the most first; then
+    rounded moments; a larger slice last. Where parameters, optimizer and gradients alone are too
+    large, a line says so, and only what makes them smaller on a device follows. The savings are
+    estimates from the sizes of what is alive at the peak. Where they make another moment of the
+    step the peak, less is saved, so plan again. Each change is one that this config and model
+    allow.
 
     Args:
       config: the run's.
@@ -97,25 +117,34 @@ def advice(
       rows: of a step, without the empty ones that fill the mesh.
       topology: its machines.
     Returns:
-      lines such as "--config.remat=block: up to 9.4 GiB less, 11.2 in all: ...".
+      lines such as "--config.remat=block: up to 9.4 GiB less, 11.2 at best: ...".
     """
     run = _Run(config, model, mesh, rows, topology, overflow)
     shares = _shares(run)
-    found = [
-        *_remat(run, shares),
-        *_micro_batches(run, shares),
-        *_wider_tensor(run, shares),
-        *_fsdp_for_data(run, shares),
-        *_loss_chunk(run, shares),
-        *_mu_dtype(run),
+    ways = [*_fsdp_for_data(run, shares)]
+    if not run.is_too_large_at_rest:
+        ways += [
+            *_remat(run, shares),
+            *_micro_batches(run, shares),
+            *_wider_tensor(run, shares),
+            *_loss_chunk(run, shares),
+        ]
+    found = [*sorted(ways, reverse=True), *_mu_dtype(run), *_larger_slice(run, shares)]
+    lines = [
+        f"{change}: up to {saving / GIB:.1f} GiB less, {(overflow.needed - saving) / GIB:.1f} at "
+        f"best: {reason}"
+        for saving, change, reason in found
+        if saving > _LEAST * overflow.needed
     ]
-    found = [*sorted(found, reverse=True), *_larger_slice(run, shares)]
-    worth = [one for one in found if one[0] > _LEAST * overflow.needed]
-    return [
-        f"{change}: up to {saving / _GIB:.1f} GiB less, {(overflow.needed - saving) / _GIB:.1f} in "
-        f"all: {reason}"
-        for saving, change, reason in worth
-    ]
+    return [_at_rest(run), *lines] if run.is_too_large_at_rest else lines
+
+
+def _at_rest(run: _Run) -> str:
+    return (
+        f"parameters, optimizer and gradients alone take {run.at_rest(run.config) / GIB:.1f} GiB "
+        f"of the {run.overflow.usable / GIB:.1f} that a device has: only what makes them smaller "
+        "can help"
+    )
 
 
 def _shares(run: _Run) -> _Shares:
@@ -167,9 +196,9 @@ _Found = Iterator[tuple[int, str, str]]  # (bytes saved, the overrides, why)
 def _remat(run: _Run, shares: _Shares) -> _Found:
     config, tensor = run.config, run.mesh["tensor"]
     stream = run.at_once * config.data.seq_len * run.model.hidden_size
-    stream *= run.model.num_hidden_layers * _ITEM_SIZES[config.compute_dtype]
+    stream *= run.model.num_hidden_layers * ITEM_SIZES[config.compute_dtype]
     kept = f"what {run.model.num_hidden_layers} layers keep for the backward pass takes "
-    kept += f"{shares.kept / _GIB:.1f} GiB"
+    kept += f"{shares.kept / GIB:.1f} GiB"
     if config.remat != "block_sharded" and tensor > 1 and config.data.seq_len % tensor == 0:
         reason = f"{kept}; this keeps each layer's input alone, split over tensor={tensor}"
         yield shares.kept - stream // tensor, "--config.remat=block_sharded", reason
@@ -179,48 +208,51 @@ def _remat(run: _Run, shares: _Shares) -> _Found:
 
 
 def _micro_batches(run: _Run, shares: _Shares) -> _Found:
-    parts = _parts_of_one_row(run, run.groups)
-    if run.at_once == 1 or parts is None:
+    if run.at_once == 1:
         return
-    growing = shares.kept + shares.logits + shares.passing
     reason = f"one row at once and group of devices in place of {run.at_once}; what grows with "
-    reason += f"them takes {growing / _GIB:.1f} GiB"
-    saving = growing - growing // run.at_once
-    yield saving, f"--config.micro_batches={parts}", reason
+    reason += f"them takes {shares.growing / GIB:.1f} GiB"
+    saving = shares.growing - shares.growing // run.at_once
+    yield saving, f"--config.micro_batches={_parts(run, run.groups)}", reason
 
 
-def _parts_of_one_row(run: _Run, groups: int) -> int | None:
-    """The fewest micro-batches in which a group takes one row at once; None: not allowed."""
-    fixed = run.config.batch_rows
-    parts = -(-run.rows // groups)
-    if fixed is not None:
-        parts = next((count for count in range(parts, fixed + 1) if fixed % count == 0), fixed)
-    return parts if parts >= run.config.micro_batches else None
+def _parts(run: _Run, groups: int, at_once: int = 1) -> int | None:
+    """The micro-batches of at most `at_once` rows a group that leave the fewest rows empty."""
+    fixed, most = run.config.batch_rows, -(-run.rows // groups)
+    counts = [most] if fixed is None else [n for n in range(1, fixed + 1) if fixed % n == 0]
+    rows = {count: -(-run.rows // (groups * count)) for count in counts}
+    allowed = [(rows[count] * count, -count) for count in counts if rows[count] <= at_once]
+    return -min(allowed)[1] if allowed else None
 
 
 def _wider_tensor(run: _Run, shares: _Shares) -> _Found:
-    """The next wider tensor axis, with one row at once in each of the fewer groups."""
+    """The narrowest tensor axis that is enough, else the widest; one row at once in each group."""
     data, fsdp, tensor = (run.mesh[axis] for axis in ("data", "fsdp", "tensor"))
+    whole = 0 if run.config.remat == "block_sharded" else shares.kept
+    excess = run.overflow.needed - run.overflow.usable
+    found = []
     for wider in tensor_sizes(run.model):
         factor = wider // tensor
-        if wider <= tensor or wider % tensor or fsdp % factor:
+        if wider < tensor or wider % tensor or fsdp % factor:
             continue
-        parts = _parts_of_one_row(run, run.groups // factor)
-        if parts is None:
-            continue
-        split = shares.logits + shares.passing
-        split += shares.kept if run.config.remat == "block_sharded" else 0
-        # Rows that go one by one for the first time.
-        saving = split - split // (factor * run.at_once)
+        left = (whole + (shares.growing - whole) // factor) // run.at_once
+        saving = shares.growing - left
+        parts = _parts(run, run.groups // factor)
         change = f"--config.mesh={data},{fsdp // factor},{wider} --config.micro_batches={parts}"
-        reason = f"what a layer computes is split over {wider} devices in place of {tensor}, "
-        yield saving, change, f"{reason}a row at once; more is sent between devices"
-        return
+        reason = f"what a layer computes is split over {wider} devices in place of {tensor}, a row "
+        found.append((saving, change, f"{reason}at once; more is sent between devices"))
+        if saving >= excess:
+            break
+    # The first is as wide as now: fewer rows at once do without the others.
+    least = found[0][0] + _LEAST * run.overflow.needed
+    yield from (one for one in found[-1:] if one[0] > least)
 
 
 def _fsdp_for_data(run: _Run, shares: _Shares) -> _Found:
     data, fsdp, tensor = (run.mesh[axis] for axis in ("data", "fsdp", "tensor"))
-    if run.model.hidden_size % (data * fsdp * tensor):
+    if data == 1 or run.model.hidden_size % (data * fsdp * tensor):
+        return
+    if run.at_rest(run.rounded) > data * run.overflow.usable:
         return
     held = run.overflow.arguments + shares.weights
     reason = f"the state is held {data} times over"
@@ -230,42 +262,46 @@ def _fsdp_for_data(run: _Run, shares: _Shares) -> _Found:
 def _loss_chunk(run: _Run, shares: _Shares) -> _Found:
     if run.chunk <= _SMALL_CHUNK:
         return
-    reason = f"the logits of {run.chunk} tokens a row take {shares.logits / _GIB:.1f} GiB"
+    reason = f"the logits of {run.chunk} tokens a row take {shares.logits / GIB:.1f} GiB"
     saving = shares.logits - shares.logits * _SMALL_CHUNK // run.chunk
     yield saving, f"--config.loss_chunk={_SMALL_CHUNK}", reason
 
 
 def _mu_dtype(run: _Run) -> _Found:
-    options = run.config.optimizer
-    if options.name == "adafactor" or options.mu_dtype == "bfloat16":
+    rounded = run.at_rest(run.rounded)
+    if run.is_too_large_at_rest and rounded > run.overflow.usable:
         return
-    moments = {"adamw": 8, "lion": 4}[options.name]
-    saving = run.overflow.arguments * 2 // (_ITEM_SIZES[run.config.param_dtype] + moments)
-    reason = f"the state takes {run.overflow.arguments / _GIB:.1f} GiB; this rounds the mean of "
-    yield saving, "--config.optimizer.mu_dtype=bfloat16", f"{reason}gradients, so the run differs"
+    reason = f"the state takes {run.overflow.arguments / GIB:.1f} GiB; this rounds the mean of "
+    reason += "gradients, so the run differs"
+    saving = run.at_rest(run.config) - rounded
+    yield saving, "--config.optimizer.mu_dtype=bfloat16", reason
 
 
 def _larger_slice(run: _Run, shares: _Shares) -> _Found:
-    """The smallest slice on which the step would fit, with the same tensor axis."""
-    overflow, count = run.overflow, math.prod(run.mesh.values())
+    """The smallest slice on which the step would fit, with the same tensor axis.
+
+    Where none is large enough for the step as it is, but the state is what is too large here, the
+    smallest that holds the state.
+    """
+    tensor, count = run.mesh["tensor"], math.prod(run.mesh.values())
     if run.topology.platform != "tpu":
         return
-    split = overflow.arguments + shares.weights
-    growing = shares.kept + shares.logits + shares.passing
-    for larger in slices(run.topology.generation):
-        factor, odd = divmod(larger.device_count, count)
-        if (
-            odd
-            or factor == 1
-            or run.model.hidden_size % (factor * run.mesh["fsdp"] * run.mesh["tensor"])
-        ):
-            continue
-        at_once = run.rows_at_once(run.config.micro_batches * factor)
-        left = split // factor + growing * at_once // run.at_once
-        if left <= overflow.usable:
-            mesh = f"{run.mesh['data']},-1,{run.mesh['tensor']}"
-            reason = f"the state, gradients and copies of weights take {split / _GIB:.1f} GiB, and "
-            reason += f"are split over {factor} times as many devices"
-            change = f"--topology={larger.name} --config.mesh={mesh}"
-            yield overflow.needed - left, change, reason
+    split = max(run.overflow.arguments + shares.weights, run.at_rest(run.config))
+    reason = f"the state, gradients and copies of weights take {split / GIB:.1f} GiB, and are "
+    for growing in (shares.growing, 0) if run.is_too_large_at_rest else (shares.growing,):
+        for larger in slices(run.topology.generation):
+            groups, odd = divmod(larger.device_count, tensor)
+            if odd or larger.device_count <= count:
+                continue
+            fsdp = math.gcd(groups, run.model.hidden_size // tensor)
+            held = split * run.mesh["fsdp"] // fsdp
+            row = max(1, growing // run.at_once)
+            parts = _parts(run, groups, (run.overflow.usable - held) // row)
+            if parts is None:
+                continue
+            left = held + row * -(-run.rows // (groups * parts))
+            change = f"--topology={larger.name} --config.mesh={groups // fsdp},-1,{tensor} "
+            change += f"--config.micro_batches={parts}"
+            reason += f"split over {fsdp * tensor} devices in place of {run.mesh['fsdp'] * tensor}"
+            yield run.overflow.needed - left, change, reason
             return

@@ -15,7 +15,8 @@ from easylm.trainers.config import RunConfig
 REMAT = ("block_sharded", "block", "dots", "none")
 # Times that the forward pass is computed: all of it again, attention and what is cheap, once.
 _FORWARD_PASSES = {"block_sharded": 2.0, "block": 2.0, "dots": 1.1, "none": 1.0}
-_BYTES = {"float32": 4, "bfloat16": 2}
+# Bytes of a number.
+ITEM_SIZES = {"float32": 4, "bfloat16": 2}
 # Times that a layer's residual crosses main memory in a step, and how often as many bytes of what
 # is split over tensor do: fits the traffic of compiled steps of LLaMA 2 7B and 70B for v3, with
 # tensor from 8 to 64.
@@ -135,7 +136,7 @@ def least_bytes(config: RunConfig, model: LlamaConfig, mesh: tuple[int, int, int
     moments = {"adamw": [config.optimizer.mu_dtype, "float32"], "lion": [config.optimizer.mu_dtype]}
     arrays = [dtype, dtype, *moments.get(config.optimizer.name, [])]
     parameters = count_parameters(model) / (mesh[1] * mesh[2])
-    return int(parameters * sum(_BYTES[dtype] for dtype in arrays))
+    return int(parameters * sum(ITEM_SIZES[dtype] for dtype in arrays))
 
 
 class Guess(NamedTuple):
@@ -172,7 +173,7 @@ def guess(
     device = device or _TYPICAL
     data, fsdp, tensor = one.mesh
     tokens = one.rows * one.seq_len
-    parameters, width = count_parameters(model), _BYTES[config.compute_dtype]
+    parameters, width = count_parameters(model), ITEM_SIZES[config.compute_dtype]
     passes = _FORWARD_PASSES[one.remat]
     flops = 2 * parameters * tokens * (passes + 2)
     kernels = parameters * width / tensor
