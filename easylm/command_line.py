@@ -104,7 +104,7 @@ def parse_config(
         _print_help(usage, description, config_class, config, file, own)
     if file is None:
         raise InputError(f"--config: not given; wanted a path or a name. See {program} --help")
-    return from_config_dict(config_class, config), {name: named[name].value for name in own}
+    return from_config_dict(config_class, config), _values(named, own)
 
 
 def choose_class(argv: Sequence[str], config_classes: Sequence[type]) -> type:
@@ -126,18 +126,32 @@ def choose_class(argv: Sequence[str], config_classes: Sequence[type]) -> type:
 
 def _split(argv: Sequence[str], own: Mapping[str, Flag]) -> tuple[flags.FlagValues, list[str]]:
     """The options proper, and the other arguments in their order."""
-    define = {str: flags.DEFINE_string, bool: flags.DEFINE_bool, float: flags.DEFINE_float}
+    # Whether a text is a number is checked later, to say so in the words of other errors.
+    define = {str: flags.DEFINE_string, bool: flags.DEFINE_bool, float: flags.DEFINE_string}
     named = flags.FlagValues()
     named.set_gnu_getopt(True)
     flags.DEFINE_string("config", "", "", flag_values=named)
     flags.DEFINE_bool("help", False, "", short_name="h", flag_values=named)
     for name, flag in own.items():
-        define[flag.kind](name, flag.default, "", flag_values=named)
+        default = str(flag.default) if flag.kind is float else flag.default
+        define[flag.kind](name, default, "", flag_values=named)
     try:
         _, *others = named(["", *argv], known_only=True)
     except flags.Error as error:
         raise InputError(str(error)) from None
     return named, others
+
+
+def _values(named: flags.FlagValues, own: Mapping[str, Flag]) -> dict:
+    """The values of a command's own options."""
+    values = {name: named[name].value for name in own}
+    for name, flag in own.items():
+        if flag.kind is float:
+            try:
+                values[name] = float(values[name])
+            except ValueError:
+                raise InputError(f"--{name}: found {values[name]!r}; wanted a number") from None
+    return values
 
 
 def _override(

@@ -266,7 +266,7 @@ def test_a_command_has_options_of_its_own(config_file):
     made, own = parse_own("--loud", path, "--minutes=3", "--config.steps=9", "--minutes=0.25")
     assert own == {"place": "here", "minutes": 0.25, "loud": True} and made.steps == 9
     for argument, said in {
-        "--minutes=soon": "flag --minutes=soon: could not convert string to float: 'soon'",
+        "--minutes=soon": "--minutes: found 'soon'; wanted a number",
         "--loud=perhaps": "Non-boolean argument to boolean flag",
         "--minuets=3": "--minuets: no such option; wanted --config, --place, --minutes, --loud, "
         "--help or --config.FIELD=VALUE. Did you mean --minutes?",
