@@ -16,6 +16,8 @@ def prepare_environment(topology: Topology) -> None:
     # devices that are absent.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if topology.platform == "gpu":
+        # Without a word on platforms, jax would start the machine's TPU as well.
+        os.environ["JAX_PLATFORMS"] = "cuda,cpu"
         # Compiling needs no memory of the GPU, which may be in use.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         return

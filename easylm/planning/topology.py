@@ -97,17 +97,30 @@ def parse_topology(text: str) -> Topology:
     """The machine of a name: v3-256, v5litepod-16 or v5e-16, v3:8x16 (in chips), cpu:8 or gpu.
 
     Raises:
-      InputError: there is no such machine; the message lists those that are known.
+      InputError: there is no such machine; the message says what is wanted, or lists those that
+        are known.
     """
+    if text in _GENERATIONS:
+        names = ", ".join(topology.name for topology in slices(text))
+        raise InputError(
+            f"--topology: found {text!r}, a generation of TPU; wanted a slice of it, one of "
+            f"{names}; or --smallest, which finds the smallest that the run fits"
+        )
     if text == "gpu":
         return Topology(text, "gpu")
     if virtual := re.fullmatch(r"cpu:([1-9]\d*)", text):
         return Topology(text, "cpu", device_kind="cpu", device_count=int(virtual[1]))
-    if explicit := re.fullmatch(r"(v\d[ep]?):([1-9]\d*(?:x[1-9]\d*)+)", text):
-        generation, sizes = explicit.groups()
-        known = _GENERATIONS.get(generation)
-        if known and sizes.count("x") == known.slices[0].count("x"):
-            return _slice(text, generation, sizes)
+    if text.partition(":")[0] == "cpu":
+        raise InputError(f"--topology: found {text!r}; wanted a number of devices, such as cpu:8")
+    generation, colon, sizes = text.partition(":")
+    if colon and generation in _GENERATIONS:
+        example = _GENERATIONS[generation].slices[0]
+        if not re.fullmatch("x".join([r"[1-9]\d*"] * len(example.split("x"))), sizes):
+            raise InputError(
+                f"--topology: found {text!r}; wanted {len(example.split('x'))} sizes in chips, "
+                f"such as {generation}:{example}"
+            )
+        return _slice(text, generation, sizes)
     cloud_name = re.sub(r"^v5e-", "v5litepod-", text)
     for generation in _GENERATIONS:
         for topology in slices(generation):

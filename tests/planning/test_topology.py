@@ -71,7 +71,7 @@ def test_names_of_slices(name, shape, device_count):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "v3", "v3-100", "v3-0", "v7-8", "v3:2x2x2", "v4:2x2", "v3:0x2", "cpu", "cpu:0", "tpu"],
+    ["", "v3-100", "v3-0", "v7-8", "v7:2x2", "tpu", "cpus"],
 )
 def test_an_unknown_name_lists_the_known_ones(name):
     with pytest.raises(InputError) as error:
@@ -81,6 +81,26 @@ def test_an_unknown_name_lists_the_known_ones(name):
     for known in ("v2-512", "v3-2048", "v4-4096", "v5litepod-256", "v5p-12288", "v6e-256"):
         assert known in message
     assert "v3:8x16" in message and "cpu:8" in message and "gpu" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("v3", "wanted a slice of it, one of v3-8, v3-32, "),
+        ("v5e", "; or --smallest, which finds the smallest"),
+        ("v3:2x2x2", "wanted 2 sizes in chips, such as v3:2x2"),
+        ("v3:0x2", "wanted 2 sizes in chips, such as v3:2x2"),
+        ("v3:", "wanted 2 sizes in chips, such as v3:2x2"),
+        ("v4:2x2", "wanted 3 sizes in chips, such as v4:2x2x1"),
+        ("cpu", "wanted a number of devices, such as cpu:8"),
+        ("cpu:0", "wanted a number of devices, such as cpu:8"),
+    ],
+)
+def test_a_name_that_is_nearly_right_says_what_is_wanted(name, wanted):
+    with pytest.raises(InputError) as error:
+        parse_topology(name)
+    assert f"found {name!r}" in str(error.value) and wanted in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_shape_that_libtpu_refuses_is_named():
@@ -121,3 +141,25 @@ def test_a_fresh_process_compiles_without_a_word_of_warning(name, printed, monke
         result = subprocess.run(command, capture_output=True, text=True)
         assert (result.returncode, result.stderr) == (0, "")
         assert result.stdout.strip() == printed
+
+
+def test_without_a_gpu_nothing_else_is_touched_and_the_message_is_all_that_is_said(monkeypatch):
+    if any(device.platform == "gpu" for device in jax.devices()):
+        pytest.skip("this machine has a GPU")
+    for variable in ("XLA_FLAGS", "JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.delenv(variable, raising=False)
+    program = [
+        "import sys",
+        "from easylm.planning.target import prepare_environment, target_devices",
+        "from easylm.planning.topology import parse_topology",
+        "topology = parse_topology('gpu')",
+        "prepare_environment(topology)",
+        "try: target_devices(topology)",
+        "except ValueError as error: print(error)",
+        "print('libtpu' in sys.modules, 'libtpu.so' in open('/proc/self/maps').read())",
+    ]
+    command = [sys.executable, "-c", "\n".join(program)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    message, touched = result.stdout.splitlines()
+    assert message.startswith("--topology=gpu: jax finds none here") and touched == "False False"
