@@ -51,6 +51,18 @@ def row_groups(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def rows_on(groups: int, batch_rows: int, micro_batches: int) -> int:
+    """Rows of a step as they lie on a mesh, the empty ones that fill it included.
+
+    Args:
+      groups: of devices that hold different rows.
+      batch_rows: that hold examples.
+      micro_batches: that a group's rows are computed in.
+    """
+    multiple = groups * micro_batches
+    return -(-batch_rows // multiple) * multiple
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays [batch, ...]: rows split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))

@@ -9,6 +9,7 @@ from easylm.devices import DEVICES, DeviceSpec
 from easylm.models.llama.config import LlamaConfig
 from easylm.models.llama.sharding import tensor_sizes
 from easylm.planning.flops import count_parameters
+from easylm.sharding import rows_on
 from easylm.trainers.config import RunConfig
 
 # Remat policies, each keeping more than the one before it.
@@ -46,8 +47,7 @@ class Candidate(NamedTuple):
     def rows(self) -> int:
         """Rows of a step as they lie on the mesh."""
         data, fsdp, _ = self.mesh
-        multiple = data * fsdp * self.micro_batches
-        return -(-self.batch_rows // multiple) * multiple
+        return rows_on(data * fsdp, self.batch_rows, self.micro_batches)
 
     @property
     def empty_rows(self) -> int:

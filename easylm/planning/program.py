@@ -4,11 +4,10 @@ import dataclasses
 import math
 
 import jax
-from jax.sharding import Mesh
 
 from easylm.models.llama.sharding import check_mesh
 from easylm.planning.inputs import Inputs
-from easylm.sharding import make_mesh, row_groups
+from easylm.sharding import make_mesh, row_groups, rows_on
 from easylm.trainers.build import Program, build
 from easylm.trainers.config import DpoConfig, RunConfig
 from easylm.trainers.dpo import dpo_objective
@@ -23,7 +22,7 @@ def build_program(config: RunConfig, inputs: Inputs, devices: list[jax.Device]) 
     """
     mesh = make_mesh(config.mesh, devices)
     check_mesh(inputs.model, mesh)
-    rows = rows_on(mesh, inputs.stream.batch_rows, config.micro_batches)
+    rows = rows_on(row_groups(mesh), inputs.stream.batch_rows, config.micro_batches)
     if isinstance(config, DpoConfig):
         objective = dpo_objective(config, rows, inputs.pairs_per_row)
     else:
@@ -36,12 +35,6 @@ def build_program(config: RunConfig, inputs: Inputs, devices: list[jax.Device]) 
         batch=objective.batch,
         total_steps=len(inputs.stream),
     )
-
-
-def rows_on(mesh: Mesh, batch_rows: int, micro_batches: int) -> int:
-    """Rows of a step as they lie on the mesh, the empty ones that fill it included."""
-    multiple = row_groups(mesh) * micro_batches
-    return -(-batch_rows // multiple) * multiple
 
 
 @dataclasses.dataclass(frozen=True)
