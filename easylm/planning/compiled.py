@@ -69,6 +69,9 @@ def compile_step(program: Program, topology: Topology, cache: str = CACHE) -> tu
       cache: folder of what was compiled before.
     Returns:
       (what was found, whether it was known).
+    Raises:
+      JaxRuntimeError: the compiler ran out of something, in words that are not understood: neither
+        is the program known to be too large, nor that there is no way to compile it.
     """
     lowered = program.jitted().lower(program.state, program.batch)
     path = f"{os.path.expanduser(cache)}/{_key(program, lowered, topology)}.json"
@@ -79,6 +82,8 @@ def compile_step(program: Program, topology: Topology, cache: str = CACHE) -> tu
         executable, text = _compile(lowered)
     except jax.errors.JaxRuntimeError as error:
         overflow = read_overflow(lowered) if is_overflow(error) else None
+        if overflow is None and "RESOURCE_EXHAUSTED" in str(error):
+            raise
         refusal = "" if overflow else str(error).splitlines()[0]
         seconds = time.perf_counter() - started
         found = Compiled(overflow=overflow, refusal=refusal, seconds=seconds)

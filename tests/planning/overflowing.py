@@ -11,7 +11,7 @@ from easylm.planning.overflow import Overflow, read_overflow
 from easylm.planning.target import target_devices
 from easylm.planning.topology import parse_topology
 from easylm.sharding import make_mesh
-from easylm.trainers.build import build
+from easylm.trainers.build import Program, build
 from easylm.trainers.config import SftConfig
 from easylm.trainers.sft import sft_objective
 
@@ -51,8 +51,13 @@ class Step:
 
     def lowered(self) -> jax.stages.Lowered:
         """The step, ready to be compiled."""
+        program = self.program()
+        return program.jitted().lower(program.state, program.batch)
+
+    def program(self) -> Program:
+        """The step, not compiled."""
         objective = sft_objective(self.config, self.rows)
-        program = build(
+        return build(
             self.config,
             model=self.model,
             mesh=self._mesh,
@@ -60,7 +65,6 @@ class Step:
             batch=objective.batch,
             total_steps=100,
         )
-        return program.jitted().lower(program.state, program.batch)
 
     def advice(self, overflow: Overflow) -> list[str]:
         """What to change in it."""
