@@ -8,6 +8,7 @@ from easylm.command import COLUMNS, wrap_line
 from easylm.planning.estimate import Plan
 from easylm.planning.overflow import Overflow
 from easylm.planning.roofline import Roofline
+from easylm.trainers.config import DpoConfig
 
 _BAR = 25
 # Of the temporaries, so many are shown, if each takes at least this share of what is needed.
@@ -155,6 +156,8 @@ def _time(plan: Plan) -> str:
     def time(seconds: float) -> str:
         return _duration(seconds, line.step_seconds)
 
+    # A pass of another model, before the run, of which nothing is counted here.
+    reference = ["  reference    its pass over all data comes on top"] * _has_reference(plan)
     return "\n".join(
         [
             "time of a step, an estimate: devices, memory and links all at their peak",
@@ -167,10 +170,16 @@ def _time(plan: Plan) -> str:
             "device computes",
             f"  MFU          at most {line.mfu_bound:.1%}, an estimate; "
             f"{line.tokens_per_second:,.0f} tokens/s at most",
-            f"  the run      at least {_amount(line.hours)} hours, "
-            f"{_amount(line.device_hours)} device-hours: an estimate",
+            f"  the run      at least {_span(line.hours)}, {_span(line.device_hours, 'device-')}: "
+            "an estimate",
+            *reference,
         ]
     )
+
+
+def _has_reference(plan: Plan) -> bool:
+    """Whether the data pass through another model before the run; nothing of it is counted."""
+    return isinstance(plan.config, DpoConfig) and plan.config.dpo.needs_reference
 
 
 def _count(number: int, noun: str, plural: str = "s") -> str:
@@ -193,6 +202,14 @@ def _duration(seconds: float, column: float) -> str:
     return f"{seconds / units[unit]:>9,.{decimals}f} {unit}"
 
 
+def _span(hours: float, of: str = "") -> str:
+    """Time in a unit that leaves few zeros; `of` stands before the unit."""
+    if hours >= 0.1:
+        return f"{_amount(hours)} {of}hours"
+    minutes = 60 * hours
+    return f"{_amount(minutes)} {of}minutes" if minutes >= 1 else f"{minutes * 60:.2g} {of}seconds"
+
+
 def _amount(number: float) -> str:
     if number >= 100:
         return f"{number:,.0f}"
@@ -212,6 +229,7 @@ def as_values(plan: Plan, advice: Sequence[str]) -> dict:
         "devices": plan.num_devices,
         "device_kind": plan.device_kind,
         "init_from": plan.config.init_from,
+        "reference_comes_on_top": _has_reference(plan),
         "parameters": plan.parameters,
         "mesh": plan.mesh,
         "micro_batches": plan.config.micro_batches,

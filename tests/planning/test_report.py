@@ -18,7 +18,7 @@ from easylm.planning.program import StateBytes
 from easylm.planning.report import as_values, report
 from easylm.planning.roofline import roofline
 from easylm.planning.topology import parse_topology
-from easylm.trainers.config import SftConfig
+from easylm.trainers.config import DpoConfig, SftConfig
 
 FITTING = Compiled(
     arguments=2 * GIB,
@@ -177,7 +177,36 @@ def test_sizes_and_times_of_a_tiny_step_are_not_zeros():
     assert size_in(memory["optimizer"]) == 2**22 and size_in(memory["temporaries"]) == 2**20
     times = block(text, "time of a step")
     assert "4.66 us" in times["memory"] and "4.66 us" in times["at"]
-    assert re.search(r"at least [1-9.]+e-08 hours", times["the"])
+    assert f"at least {line.hours * 3600:.2g} seconds" in times["the"]
+    assert f", {line.device_hours * 3600:.2g} device-seconds: an estimate" in times["the"]
+
+
+@pytest.mark.parametrize(
+    ("hours", "shown"),
+    [
+        (5.14, "5.1 hours, 41.1 device-hours"),
+        (0.1, "0.1 hours, 0.8 device-hours"),
+        (0.02, "1.2 minutes, 0.16 device-hours"),
+        (0.012, "43 seconds, 5.8 device-minutes"),
+    ],
+)
+def test_the_time_of_the_run_has_the_unit_that_suits_it(hours, shown):
+    plan = make_plan(name="v3-8")
+    line = plan.roofline._replace(hours=hours, device_hours=8 * hours)
+    text = report(dataclasses.replace(plan, roofline=line), [])
+    assert f"  the run      at least {shown}: an estimate\n" in f"{text}\n"
+
+
+def test_a_pass_of_a_reference_is_said_to_come_on_top():
+    plan = make_plan()
+    config = from_config_dict(DpoConfig, load("dpo/tulu2_7b").config)
+    without = dataclasses.replace(config.dpo, loss="simpo")
+    for changed, comes in [(config, True), (dataclasses.replace(config, dpo=without), False)]:
+        values = as_values(dataclasses.replace(plan, config=changed), [])
+        text = report(dataclasses.replace(plan, config=changed), [])
+        assert values["reference_comes_on_top"] is comes
+        assert ("  reference    its pass over all data comes on top" in text) is comes
+    assert as_values(plan, [])["reference_comes_on_top"] is False
 
 
 def test_the_temporaries_that_matter_are_listed():
