@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -197,7 +198,7 @@ def test_what_is_compiled_again_and_what_is_not(folder, of_eight, home, plan_her
 
 def test_a_search_prints_what_fits_and_how_to_ask_for_it(folder, plan_here):
     code, text, said = plan_here(argv(folder, "cpu:4", RANDOM, "--search", "--budget_minutes=0.01"))
-    assert code == 0 and "of HBM: fits" in said
+    assert code == 0 and re.search(r"^1.* GiB: fits$", said, re.MULTILINE)
     assert text.startswith("What fits, fastest first. Times and MFU are estimates")
     assert "were not tried: the time is used up (--budget_minutes)" in text
     assert width_of(text) <= 80
@@ -207,10 +208,53 @@ def test_a_search_prints_what_fits_and_how_to_ask_for_it(folder, plan_here):
     code, _, said = plan_here([*argv(folder, "cpu:4"), *overrides])
     assert code == 0 and "in an earlier call" in said
     code, values, _ = plan_here(
-        argv(folder, "cpu:4", RANDOM, "--search", "--budget_minutes=0.0001", "--json")
+        argv(folder, "cpu:4", RANDOM, "--search", "--budget_minutes=0.01", "--json")
     )
     values = json.loads(values)
-    assert {"fitting", "untried"} <= values.keys() and values["untried"] > 0
+    assert values["fitting"] and values["untried"] > 0
+
+
+@pytest.mark.parametrize("question", ["--search", "--smallest"])
+@needs_libtpu
+def test_a_question_that_the_budget_leaves_open_is_an_error_and_no_no(folder, home, question):
+    more = [question, "--json", "--budget_minutes=1e-9"]
+    code, values, said = run(argv(folder, "v3-8", TINY, *more), home)
+    assert code == 2
+    said, values = " ".join(said.split()), json.loads(values)
+    assert "error: --budget_minutes: found 1e-09, which is used up, and whether" in said
+    if question == "--search":
+        assert values["fitting"] == [] and values["too_large"] == 0 < values["untried"]
+        assert f"none of 0 compiled ways to run it fits, {values['untried']} were not tried" in said
+    else:
+        assert values == {"fits": None, "tried": []} and "no slice was tried" in said
+
+
+@needs_libtpu
+def test_no_slice_at_all_is_a_no(folder, home):
+    # 16 bytes a parameter, of 1e12: no slice of v2 has room for it.
+    options = {**LARGE, "model.num_hidden_layers": 15000, "mesh": "1,-1,8"}
+    code, values, said = run(argv(folder, "v2", options, "--smallest", "--json"), home)
+    assert code == 3, said
+    values = json.loads(values)
+    assert values["fits"] is False and values["tried"][-1] == "v2-512"
+    assert "it fits none of v2-8, v2-32, v2-128, v2-256, v2-512" in " ".join(said.split())
+
+
+@needs_libtpu
+def test_ctrl_c_in_a_search_keeps_what_was_found(folder, tmp_path):
+    process = start(
+        argv(folder, "v3:2x2", TINY, "--search"),
+        program=("-m", "easylm.plan"),
+        HOME=str(tmp_path),
+    )
+    said = process.stderr.readline()
+    while said and not said.endswith("GiB: fits\n"):
+        said = process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    text, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "interrupted: the search ends after the compile that is running" in said
+    assert text.startswith("What fits, fastest first.") and "Traceback" not in said
 
 
 @needs_libtpu
@@ -218,7 +262,7 @@ def test_the_smallest_slice_is_found(folder, home):
     code, report, said = run(argv(folder, "v4", TINY, "--smallest"), home)
     assert code == 0, said
     assert "v4-8: 4 x TPU v4" in report and report.count("  --topology=v4-8\n") == 1
-    assert re.search(r"^v4-8: .*: fits$", said, re.MULTILINE)
+    assert re.search(r"^v4-8:\n  1,.*: fits$", said, re.MULTILINE)
 
 
 REFUSED = {
@@ -230,6 +274,8 @@ REFUSED = {
     "both questions": ("v3-8", ["--search", "--smallest"], "--search and --smallest: found both"),
     "no time": ("v3-8", ["--budget_minutes=0"], "--budget_minutes: found 0; wanted a number above"),
     "no number": ("v3-8", ["--budget_minutes=nan"], "--budget_minutes: found nan; wanted a number"),
+    "text for time": ("v3-8", ["--budget_minutes=abc"], "--budget_minutes: found 'abc'; wanted a"),
+    "generation": ("v3", [], "found 'v3', a generation of TPU; wanted a slice of it"),
     "no generation": ("cpu:8", ["--smallest"], "wanted a generation of TPU, one of v2, v3"),
 }
 

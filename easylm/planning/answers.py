@@ -38,7 +38,12 @@ def plan_as_is(config: RunConfig, topology: Topology, *, as_json: bool) -> bool:
 
 
 def search_ways(config: RunConfig, topology: Topology, minutes: float, *, as_json: bool) -> bool:
-    """Compiles other ways to run the config and prints those that fit; returns whether any does."""
+    """Compiles other ways to run the config and prints those that fit; returns whether any does.
+
+    Raises:
+      InputError: the time was used up before any was found, or all were known not to fit.
+      KeyboardInterrupt: Ctrl-C, once what was found until then is printed.
+    """
     devices = target_devices(topology)
     inputs = _by_seq_len(config)
 
@@ -54,14 +59,23 @@ def search_ways(config: RunConfig, topology: Topology, minutes: float, *, as_jso
         plan_of=plan_of,
         budget=Budget(minutes),
     )
-    print(json.dumps(search_records(found)) if as_json else search_table(found, config))
+    print(json.dumps(search_records(found)) if as_json else search_table(found, config), flush=True)
+    if found.is_interrupted:
+        raise KeyboardInterrupt
+    if found.untried and not found.fitting:
+        tried = f"none of {found.too_large + found.refused} compiled ways to run it fits"
+        raise _out_of_time(minutes, f"{tried}, {found.untried} were not tried")
     return bool(found.fitting)
 
 
 def find_smallest(
     config: RunConfig, slices: Sequence[Topology], minutes: float, *, as_json: bool
 ) -> bool:
-    """Prints the plan of the smallest slice that fits; returns whether there is one."""
+    """Prints the plan of the smallest slice that fits; returns whether there is one.
+
+    Raises:
+      InputError: the time was used up before it was found, or known that there is none.
+    """
     inputs = _by_seq_len(config)
 
     def plan_of(topology: Topology, one: Candidate) -> Plan:
@@ -78,10 +92,13 @@ def find_smallest(
         budget=Budget(minutes),
     )
     if found.found is None:
-        why = "the time is used up (--budget_minutes)" if found.is_over else "it fits none of them"
-        say(f"tried {', '.join(found.tried)}: {why}")
         if as_json:
-            print(json.dumps({"fits": False, "tried": found.tried}))
+            fits = None if found.is_over else False
+            print(json.dumps({"fits": fits, "tried": found.tried}), flush=True)
+        tried = f"it fits none of {', '.join(found.tried)}" if found.tried else "no slice was tried"
+        if found.is_over:
+            raise _out_of_time(minutes, tried)
+        say(tried)
         return False
     candidate, plan = found.found
     _show(plan, as_json=as_json)
@@ -89,6 +106,14 @@ def find_smallest(
         options = [f"--topology={found.topology.name}", *candidate.overrides(config)]
         print("\n".join(["", "the smallest slice that it fits:", *(f"  {one}" for one in options)]))
     return True
+
+
+def _out_of_time(minutes: float, tried: str) -> InputError:
+    """The error of a question that is left open."""
+    return InputError(
+        f"--budget_minutes: found {minutes:g}, which is used up, and whether the run fits is not "
+        f"known: {tried}; wanted more"
+    )
 
 
 def _by_seq_len(config: RunConfig) -> dict[int, Inputs]:

@@ -76,11 +76,6 @@ class Plan:
         return self.compiled.total
 
     @property
-    def usable_bytes(self) -> int | None:
-        """That a device has for it."""
-        return self.usable
-
-    @property
     def num_devices(self) -> int:
         return int(np.prod(list(self.mesh.values())))
 

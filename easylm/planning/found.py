@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import tqdm
 
+from easylm.command import COLUMNS
 from easylm.devices import GIB
 from easylm.planning.candidates import Candidate
 from easylm.trainers.config import RunConfig
@@ -22,7 +23,7 @@ class Planned(Protocol):
       fits: whether it does.
       refusal: why the compiler could not compile it; empty where it could.
       total_bytes: that a device needs.
-      usable_bytes: that it has; None: unknown.
+      usable: bytes that it has; None: unknown.
       step_seconds: an estimate, at least; None: unknown.
       serial_seconds: the same if nothing is sent while a device computes; None: unknown.
       mfu_bound: an estimate, at most; None: unknown.
@@ -35,7 +36,7 @@ class Planned(Protocol):
     @property
     def total_bytes(self) -> int: ...
     @property
-    def usable_bytes(self) -> int | None: ...
+    def usable(self) -> int | None: ...
     @property
     def step_seconds(self) -> float | None: ...
     @property
@@ -61,7 +62,8 @@ class Search:
       refused: how many the compiler could not compile.
       pruned: how many cannot fit, since their state alone, or a smaller program, does not.
       slower: how many were left out since one that fits looks faster.
-      untried: how many the budget left no time for.
+      untried: how many the budget, or an interrupt, left no time for.
+      is_interrupted: whether Ctrl-C ended it.
     """
 
     fitting: list[Found] = dataclasses.field(default_factory=list)
@@ -70,6 +72,7 @@ class Search:
     pruned: int = 0
     slower: int = 0
     untried: int = 0
+    is_interrupted: bool = False
 
     @property
     def settled(self) -> int:
@@ -78,27 +81,27 @@ class Search:
 
 
 class Progress:
-    """A bar on stderr that counts settled candidates, and a line above it for each compile."""
+    """A line on stderr for each compile; at a terminal, a bar of settled candidates below it."""
 
     def __init__(self, total: int):
-        self._is_live = sys.stderr.isatty()
         self._bar = tqdm.tqdm(
             total=total,
-            ncols=80,
-            # A log file gets a line now and then, not one a step.
-            mininterval=0.0 if self._is_live else 30.0,
+            ncols=COLUMNS,
+            mininterval=0.0,
             bar_format="{n_fmt}/{total_fmt} |{bar}| {desc}",
+            disable=not sys.stderr.isatty(),
         )
 
     def start(self, one: Candidate, settled: int, time_left: str) -> None:
         """Says what is being compiled, how many are settled, and how much time there is."""
         self._bar.n = settled
         text = f"{one.mesh_text} {one.micro_batches} {one.remat}; {time_left} of the budget left"
-        self._bar.set_description_str(text, refresh=self._is_live)
+        self._bar.set_description_str(text)
 
-    def tell(self, one: Candidate, planned: Planned) -> None:
-        """Says what came of it."""
-        self._bar.write(outcome(one, planned), file=sys.stderr)
+    def say(self, text: str) -> None:
+        """A line."""
+        self._bar.write(text, file=sys.stderr)
+        sys.stderr.flush()
 
     def close(self, settled: int) -> None:
         """Leaves the bar as it is."""
@@ -108,13 +111,13 @@ class Progress:
 
 
 def outcome(one: Candidate, planned: Planned) -> str:
-    """A line on what was compiled and whether it fits."""
+    """A line of at most 78 columns on what was compiled and whether it fits."""
     what = f"{one.mesh_text:9} micro_batches={one.micro_batches:<3} {one.remat:13}"
     if planned.refusal:
         return f"{what} the compiler cannot compile it"
-    share = "" if planned.usable_bytes is None else f", {_share(planned)} of HBM"
+    usable = "" if planned.usable is None else f" of {planned.usable / GIB:.2f}"
     verdict = "fits" if planned.fits else "does not fit"
-    return f"{what} {planned.total_bytes / GIB:7.2f} GiB{share}: {verdict}"
+    return f"{what} {planned.total_bytes / GIB:7.2f}{usable} GiB: {verdict}"
 
 
 def search_table(result: Search, config: RunConfig) -> str:
@@ -122,6 +125,7 @@ def search_table(result: Search, config: RunConfig) -> str:
     if not result.fitting:
         return "\n".join(["Nothing of what was compiled fits.", *_counts(result)])
     best = result.fitting[0].candidate
+    of = ", of an incomplete search" if result.untried else ""
     return "\n".join(
         [
             "What fits, fastest first. Times and MFU are estimates: no step takes less than",
@@ -129,7 +133,7 @@ def search_table(result: Search, config: RunConfig) -> str:
             _HEAD,
             *map(_line, result.fitting),
             *_counts(result),
-            "The first of them:",
+            f"The first of them{of}:",
             *(f"  {override}" for override in best.overrides(config)),
         ]
     )
@@ -147,7 +151,7 @@ def search_records(result: Search) -> dict:
             "rows": one.rows,
             "empty_rows": one.empty_rows,
             "total_bytes": planned.total_bytes,
-            "usable_bytes": planned.usable_bytes,
+            "usable_bytes": planned.usable,
             "estimated_step_seconds": planned.step_seconds,
             "estimated_serial_seconds": planned.serial_seconds,
             "estimated_mfu_bound": planned.mfu_bound,
@@ -160,7 +164,7 @@ def search_records(result: Search) -> dict:
 
 def _line(found: Found) -> str:
     one, planned = found
-    share = "-" if planned.usable_bytes is None else _share(planned)
+    share = "-" if planned.usable is None else _share(planned)
     seconds = "-"
     if planned.step_seconds is not None:
         seconds = f"{planned.step_seconds:.3g} to {planned.serial_seconds:.3g}"
@@ -172,7 +176,7 @@ def _line(found: Found) -> str:
 
 
 def _share(planned: Planned) -> str:
-    return f"{planned.total_bytes / planned.usable_bytes:.0%}"
+    return f"{planned.total_bytes / planned.usable:.0%}"
 
 
 def _counts(result: Search) -> list[str]:
@@ -182,7 +186,8 @@ def _counts(result: Search) -> list[str]:
         "refused": "the compiler could not compile",
         "pruned": "cannot fit: their state alone, or a smaller program, does not",
         "slower": "look no faster than what fits",
-        "untried": "were not tried: the time is used up (--budget_minutes)",
+        "untried": "were not tried: "
+        + ("interrupted" if result.is_interrupted else "the time is used up (--budget_minutes)"),
     }
     counts = {text: getattr(result, name) for name, text in reasons.items()}
     return [f"{count:5,} {text}" for text, count in counts.items() if count]

@@ -3,9 +3,12 @@
 What compiles a candidate is given, so that all this is arithmetic.
 """
 
+import contextlib
 import math
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from easylm.command import say
@@ -27,14 +30,19 @@ Guesses = Mapping[Candidate, tuple[float, float]]
 
 
 class Budget:
-    """Minutes within which compiles may be started."""
+    """Minutes within which compiles may be started.
+
+    Attributes:
+      is_stopped: whether no more may be, however much is left.
+    """
 
     def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic):
         self._clock, self._end = clock, clock() + 60 * minutes
+        self.is_stopped = False
 
     def is_over(self) -> bool:
         """Whether no other compile may be started."""
-        return self._clock() >= self._end
+        return self.is_stopped or self._clock() >= self._end
 
     def left(self) -> str:
         """Minutes and seconds."""
@@ -56,7 +64,7 @@ def search(
 
     Meshes that look fast come first, and of each its smallest program: where that does not fit,
     nothing of the mesh does. Meshes that look much slower than what fits are left out. Progress is
-    told on stderr.
+    told on stderr. Ctrl-C ends the search after the compile that is running.
 
     Args:
       config: the run's.
@@ -81,20 +89,39 @@ def search(
 
     def compiled(one: Candidate) -> Planned:
         progress.start(one, result.settled, budget.left())
-        planned = plan_of(one)
-        progress.tell(one, planned)
+        # Python answers a signal in the main thread alone, and between calls: let it be free.
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            planned = thread.submit(plan_of, one).result()
+        progress.say(outcome(one, planned))
         return planned
 
-    for group in meshes.values():
-        best = min((guesses[found.candidate][0] for found in result.fitting), default=math.inf)
-        if guesses[group[0]][0] > _HOPELESS * best:
-            result.slower += len(group)
-        else:
-            _settle(group, guesses, compiled, budget, result)
+    with _stopping(budget, progress):
+        for group in meshes.values():
+            best = min((guesses[found.candidate][0] for found in result.fitting), default=math.inf)
+            if guesses[group[0]][0] > _HOPELESS * best:
+                result.slower += len(group)
+            else:
+                _settle(group, guesses, compiled, budget, result)
+    result.is_interrupted = budget.is_stopped
     progress.close(result.settled)
     # All times are known or none is; then, and where they are equal, the guess decides.
     result.fitting.sort(key=lambda fit: (fit.planned.serial_seconds or 0.0, guesses[fit.candidate]))
     return result
+
+
+@contextlib.contextmanager
+def _stopping(budget: Budget, progress: Progress) -> Iterator[None]:
+    """In it, Ctrl-C stops the budget and says so, and raises nothing."""
+
+    def stop(signal_number, frame):
+        budget.is_stopped = True
+        progress.say("interrupted: the search ends after the compile that is running")
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _state_fits(one: Candidate, config: RunConfig, model: LlamaConfig, device) -> bool:
@@ -167,11 +194,14 @@ def smallest_slice(
     """
     tried = []
     for topology in slices:
-        for one in _smallest_programs(config, model, topology, device, batch_rows):
+        programs = _smallest_programs(config, model, topology, device, batch_rows)
+        if programs:
+            say(f"{topology.name}:")
+        for one in programs:
             if budget.is_over():
                 return Smallest(None, None, tried, is_over=True)
             planned = plan_of(topology, one)
-            say(f"{topology.name}: {outcome(one, planned)}")
+            say(f"  {outcome(one, planned)}")
             if planned.fits:
                 return Smallest(topology, Found(one, planned), [*tried, topology.name], False)
         tried.append(topology.name)

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
+import signal
 import sys
+import time
 from typing import NamedTuple
 
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from easylm.devices import TPU_V3
 from easylm.models.llama.presets import LLAMA2_7B, LLAMA2_70B
 from easylm.planning.candidates import REMAT, candidates, guess
-from easylm.planning.found import search_records, search_table
+from easylm.planning.found import outcome, search_records, search_table
 from easylm.planning.search import Budget, search, smallest_slice
 from easylm.planning.topology import parse_topology, slices
 from tests.planning.test_candidates import sft
@@ -24,7 +27,7 @@ class Planned(NamedTuple):
     """What a compiler would say."""
 
     total_bytes: int
-    usable_bytes: int | None
+    usable: int | None
     step_seconds: float | None
     serial_seconds: float | None
     mfu_bound: float | None
@@ -32,7 +35,7 @@ class Planned(NamedTuple):
 
     @property
     def fits(self):
-        has_room = self.usable_bytes is None or self.total_bytes <= self.usable_bytes
+        has_room = self.usable is None or self.total_bytes <= self.usable
         return has_room and not self.refusal
 
 
@@ -161,7 +164,34 @@ def test_the_budget_ends_the_compiles_and_the_rest_is_counted():
     assert len(compiler.asked) == 5
     total = len(candidates(CONFIG, LLAMA2_70B, 256, FEW))
     assert result.untried == total - result.settled > 0
-    assert f"{result.untried} were not tried: the time is used up" in search_table(result, CONFIG)
+    text = search_table(result, CONFIG)
+    assert f"{result.untried} were not tried: the time is used up" in text
+    assert "The first of them, of an incomplete search:" in text
+    assert "The first of them:" in search_table(run(Compiler()), CONFIG)
+
+
+def test_ctrl_c_keeps_what_was_found_and_ends_after_the_compile_that_is_running(capsys):
+    compiler, ended = Compiler(), []
+
+    def plan_of(one):
+        planned = compiler(one)
+        if len(compiler.asked) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+            ended.append("interrupted:" in capsys.readouterr().err)
+        return planned
+
+    plan_of.clock = compiler.clock
+    before = signal.getsignal(signal.SIGINT)
+    result = run(plan_of)
+    assert signal.getsignal(signal.SIGINT) == before
+    assert ended == [True]  # said while the sixth was compiled
+    whole = run(Compiler())
+    assert len(compiler.asked) == 6
+    assert result.is_interrupted and not whole.is_interrupted
+    assert 0 < len(result.fitting) < len(whole.fitting)
+    assert result.untried == whole.settled - result.settled > 0
+    assert f"{result.untried} were not tried: interrupted" in search_table(result, CONFIG)
 
 
 def test_meshes_that_look_fast_are_compiled_first():
@@ -194,7 +224,7 @@ def test_the_table_has_80_columns_and_the_overrides_of_the_best():
         best.remat,
         "8,192",
         f"{planned.total_bytes / GIB:.2f}",
-        f"{planned.total_bytes / planned.usable_bytes:.0%}",
+        f"{planned.total_bytes / planned.usable:.0%}",
         f"{planned.step_seconds:.3g}",
         "to",
         f"{planned.serial_seconds:.3g}",
@@ -224,17 +254,41 @@ def test_records_are_values_of_json():
     assert records["slower"] == result.slower > 0
 
 
-def test_progress_has_a_line_for_each_compile(monkeypatch):
-    stream = io.StringIO()
+class Terminal(io.StringIO):
+    """What a person looks at."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["log", "terminal"])
+def test_progress_has_a_line_for_each_compile(monkeypatch, stream):
     monkeypatch.setattr(sys, "stderr", stream)
     compiler = Compiler()
     result = run(compiler, rows=MANY)
-    lines = [line for line in stream.getvalue().replace("\r", "\n").splitlines() if "GiB" in line]
+    text = stream.getvalue()
+    lines = [line for line in text.replace("\r", "\n").splitlines() if "GiB" in line]
     assert len(lines) == len(compiler.asked)
     assert sum(line.endswith("does not fit") for line in lines) == result.too_large > 0
     assert max(map(len, lines)) <= 80
     total = len(candidates(CONFIG, LLAMA2_70B, 256, MANY))
-    assert f"{total}/{total} |" in stream.getvalue()
+    assert (f"{total}/{total} |" in text) == ("\r" in text) == stream.isatty()
+    if not stream.isatty():
+        assert text == "".join(f"{line}\n" for line in lines)
+
+
+@pytest.mark.parametrize("total", [1, 1234.5])
+def test_lines_of_progress_have_80_columns(capsys, total):
+    long = next(
+        one
+        for one in candidates(CONFIG, LLAMA2_70B, 2048, MANY)
+        if len(one.mesh_text) > 7 and one.remat == "block_sharded"
+    )
+    planned = Planned(int(total * GIB), int(95.73 * GIB), None, None, None)
+    line = outcome(long._replace(micro_batches=140), planned)
+    verdict = "fits" if total == 1 else "does not fit"
+    assert line.endswith(f"{total:.2f} of 95.73 GiB: {verdict}")
+    assert "micro_batches=140" in line and len(line) <= 78  # --smallest indents it
 
 
 def smallest(generation, plan_of, minutes=1000, model=LLAMA2_70B, clock=lambda: 0.0):
@@ -259,7 +313,10 @@ def test_the_smallest_slice_is_the_first_that_fits(capsys):
     said = capsys.readouterr().err
     # 70B at 16 bytes a parameter.
     assert "v3-8: parameters, optimizer and gradients alone take 128.48 of 15.48 GiB" in said
-    assert said.count("v3-128: ") == len(compiler.asked)
+    assert said.count("\nv3-128:\n  ") == 1
+    _, lines = said.split("v3-128:\n")
+    assert lines.count("\n  1") + 1 == len(lines.splitlines()) == len(compiler.asked)
+    assert max(map(len, said.splitlines())) <= 80
     assert compiler.asked[0].mesh[2] == 64
 
 
