@@ -2,7 +2,8 @@
 
 python -m easylm.plan --config=CONFIG [--topology=v3-32] [--search | --smallest]
 
-Exits 0 where it fits, 3 where it does not. Speeds are estimates.
+Exits 0 where it fits, 3 where it does not, 2 where that stays unknown. Speeds
+are estimates.
 """
 
 from collections.abc import Sequence
