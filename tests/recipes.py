@@ -23,6 +23,17 @@ def stated(name, pattern):
     return int(found[0].replace(",", ""))
 
 
+def planned(name):
+    """What the docstring has to say of the recipe's plan on its own pod."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "plans.json").read_text())
+    (plan,) = (one["plan"] for one in results if (one["recipe"], one["overrides"]) == (name, {}))
+    hours = plan["estimate"]["hours"]
+    return (
+        f"It takes {plan['memory']['total'] / 2**30:.1f} of the 15.5 GiB of a device",
+        f"at least {hours:.{0 if hours >= 10 else 1}f} hours, an estimate",
+    )
+
+
 def trace(asked):
     """Config -> what tests/trace_recipes.py says of it.
 

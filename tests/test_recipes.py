@@ -6,7 +6,7 @@ import pytest
 
 from easylm.config import CONFIGS, difference, from_config_dict, load
 from easylm.trainers.config import SftConfig
-from tests.recipes import docstring, stated, trace
+from tests.recipes import docstring, planned, stated, trace
 
 # Recipe -> the sizes of its weights, its peak learning rate and its row length.
 RECIPES = {
@@ -66,7 +66,8 @@ def test_the_whole_step_traces_on_the_pod(traces, name):
     assert traced["state_is_kept"]
     assert traced["metrics"]["loss"] == traced["metrics"]["grad_norm"] == []
     mesh = traced["mesh"]
-    assert traced["batch"] == [mesh["data"] * mesh["fsdp"], seq_len]
+    groups = mesh["data"] * mesh["fsdp"]
+    assert traced["batch"] == [groups * recipe(name).micro_batches, seq_len]
     start, near_peak, end = traced["rates"]
     assert start == end == 0 and 0.9 * rate < near_peak < rate
 
@@ -111,7 +112,11 @@ def test_the_weights_are_those_of_the_size(name):
     [
         ("tulu2_13b", "tulu2_7b", ["init_from"]),
         ("tulu2_70b", "tulu2_7b", ["init_from", "optimizer.learning_rate", "remat"]),
-        ("tulu1_65b", "tulu1_7b", ["data.seq_len", "init_from", "optimizer.learning_rate"]),
+        (
+            "tulu1_65b",
+            "tulu1_7b",
+            ["data.seq_len", "init_from", "mesh", "optimizer.learning_rate", "pod", "remat"],
+        ),
         ("code_tulu2_7b", "tulu2_7b", ["init_from", "model.max_position_embeddings"]),
     ],
 )
@@ -133,6 +138,9 @@ def test_the_docstring_is_a_lab_note(name):
         "Verified",
     ):
         assert part in text
+    assert recipe(name).pod == f"v3-{stated(f'sft/{name}', r'Pod: v3-([0-9]+)')}"
+    for part in planned(f"sft/{name}"):
+        assert part in " ".join(text.split())
     family = "tulu1_7b" if name.startswith("tulu1") else "tulu2_7b"
     for override in ("--config.loss_weighting=token", "--config.data.eos_newline=keep"):
         assert override in docstring(f"sft/{family}")

@@ -11,9 +11,10 @@ Differs from the paper's run in what tulu2_7b.py lists, and in RoPE's base: 1e6,
 weights say. EasyLM's Code Llama of that time had no setting for it, so it seems to have run at 1e4.
 The paper gives no rate of its own for 34B; this is that of the smaller ones. remat=block_sharded
 splits what a block leaves for the backward pass over `tensor`.
-Verified: the step compiles for a v3-256 with the TPU's own compiler (32 rows of 8,192 tokens) and
-takes 4.1 of the 15.5 GiB of a device. It has not been trained on a
-pod, and runs over several hosts are not there yet.
+Verified: the step compiles for this pod with the TPU's own compiler (python -m easylm.plan). It
+takes 3.8 of the 15.5 GiB of a device, and the run at least 6.1 hours, an estimate. It fits a v3-64
+too, with --config.mesh=1,4,16 --config.micro_batches=5: at least 16 hours. It has not been trained
+on a pod, and runs over several hosts are not there yet.
 """
 
 from easylm.configs.sft import tulu2_7b

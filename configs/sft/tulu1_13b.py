@@ -8,8 +8,9 @@ Data: allenai/tulu-v1-sft-mixture, 489,818 examples.
 Expect: 7,653 steps (2 epochs of 128 examples a step), more or less by whole rows.
 Overrides for the token-weighted loss and the exported template's newline: see tulu1_7b.py.
 Differs from the paper's run in what tulu1_7b.py lists.
-Verified: the whole step traces on a mesh of this size. It has not been trained on a
-pod, and runs over several hosts are not there yet.
+Verified: the step compiles for this pod with the TPU's own compiler (python -m easylm.plan). It
+takes 9.2 of the 15.5 GiB of a device, and the run at least 2.1 hours, an estimate. It has not been
+trained on a pod, and runs over several hosts are not there yet.
 """
 
 from easylm.configs.sft import tulu1_7b

@@ -9,10 +9,12 @@ Pod: v3-256 (32 hosts). The paper trained on GPUs (AMD MI250X).
 Data: allenai/tulu-v1-sft-mixture, 489,818 examples.
 Expect: 7,653 steps (2 epochs of 128 examples a step), more or less by whole rows.
 Overrides for the token-weighted loss and the exported template's newline: see tulu1_7b.py.
-Differs from the paper's run in what tulu1_7b.py lists; here 128 examples fill some 65 rows.
-Verified: the step compiles for a v3-256 with the TPU's own compiler (96 rows of 1,024 tokens) and
-takes 8.5 of the 15.5 GiB of a device. It has not been trained on a
-pod, and runs over several hosts are not there yet.
+Differs from the paper's run in what tulu1_7b.py lists; here 128 examples fill some 65
+rows, and the mesh takes 80.
+Verified: the step compiles for this pod with the TPU's own compiler (python -m easylm.plan). It
+takes 4.8 of the 15.5 GiB of a device, and the run at least 5.5 hours, an estimate. It fits a v3-128
+too, with --config.micro_batches=3: at least 9.9 hours. It has not been trained on a pod, and runs
+over several hosts are not there yet.
 """
 
 from easylm.configs.sft import tulu1_7b

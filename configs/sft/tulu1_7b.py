@@ -21,8 +21,10 @@ Differs from the paper's run:
 - No <pad> token is added to the vocabulary: it stays at 32,000 ids.
 - Rows with an empty message are skipped and counted.
 - The batch of 128 is that of open-instruct's script; the paper does not name it.
-Verified: the whole step traces on a mesh of this size. It has not been trained on a
-pod, and runs over several hosts are not there yet.
+Verified: the step compiles for this pod with the TPU's own compiler (python -m easylm.plan). It
+takes 5.7 of the 15.5 GiB of a device, and the run at least 1.1 hours, an estimate. It fits a v3-8
+too, with --config.micro_batches=45 --config.remat=block_sharded: at least 21 hours. It has not been
+trained on a pod, and runs over several hosts are not there yet.
 """
 
 from easylm.config import to_config_dict

@@ -22,8 +22,12 @@ Differs from the paper's run:
 - Rows with an empty message (about 270 are known) are skipped and counted.
 - rms_norm_eps is 1e-5, as the weights say; EasyLM ran them with the 1e-6 of LLaMA 1.
 - The order of the data is another one: seed 42 means something else here.
-Verified: the whole step traces on a mesh of this size. It has not been trained on a
-pod, and runs over several hosts are not there yet.
+Verified: the step compiles for this pod with the TPU's own compiler (python -m easylm.plan). It
+takes 6.9 of the 15.5 GiB of a device, and the run at least 1.0 hours, an estimate. 15 of the 32 row
+groups are idle, so the pod is 5.1 times as fast as its eighth, a v3-32 with
+--config.micro_batches=5 (at least 5.2 hours). It fits a v3-8 too, with --config.micro_batches=17
+--config.remat=block_sharded: at least 22 hours. It has not been trained on a pod, and runs over
+several hosts are not there yet.
 """
 
 from easylm.config import to_config_dict
