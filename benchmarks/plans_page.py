@@ -168,9 +168,9 @@ def beside_published(results: list[dict]) -> str:
     if not listed:
         return ""
     return (
-        f"MFU that others have published, beside these bounds: {'; '.join(listed)}. The recipes' own "
-        "batches are smaller, and leave row groups of so large a slice empty: their bounds there "
-        "are lower."
+        f"MFU that others have published, beside these bounds: {'; '.join(listed)}. The recipes' "
+        "own batches are smaller, and leave row groups of so large a slice empty: their bounds "
+        "there are lower."
     )
 
 
