@@ -36,6 +36,6 @@ def test_usable_memory_is_what_the_compiler_names_when_it_runs_out(shape):
     with pytest.raises(jax.errors.JaxRuntimeError) as error:
         lowered.compile()
     assert is_overflow(error.value)
-    # The compiler rounds to 0.01 GiB.
-    assert read_overflow(lowered).usable == pytest.approx(spec.usable, abs=0.005 * GIB)
+    # The compiler rounds to 0.01 GiB, and libtpu 0.0.42 gives out 0.01 more of a v5p than 0.0.51.
+    assert read_overflow(lowered).usable == pytest.approx(spec.usable, abs=0.015 * GIB)
     assert spec.usable < spec.memory

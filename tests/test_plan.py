@@ -72,7 +72,9 @@ def home(tmp_path_factory):
 @pytest.fixture
 def plan_here(home, monkeypatch, capsys):
     """`plan_here(arguments)` plans for a CPU in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # the command sets it, and it is unset afterwards
+    # The command sets them, and they are unset afterwards.
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
     monkeypatch.setenv("HOME", str(home))
 
     def plan_here(arguments):
@@ -240,10 +242,9 @@ def test_no_slice_at_all_is_a_no(folder, home):
     assert "it fits none of v2-8, v2-32, v2-128, v2-256, v2-512" in " ".join(said.split())
 
 
-@needs_libtpu
 def test_ctrl_c_in_a_search_keeps_what_was_found(folder, tmp_path):
     process = start(
-        argv(folder, "v3:2x2", TINY, "--search"),
+        argv(folder, "cpu:4", RANDOM, "--search"),
         program=("-m", "easylm.plan"),
         HOME=str(tmp_path),
     )

@@ -118,12 +118,17 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
 
 def _key(program: Program, lowered: jax.stages.Lowered, topology: Topology) -> str:
     """Of the program and all that compiles it; the lines of source are no part of it."""
-    compiler = "libtpu" if topology.platform == "tpu" else "jaxlib"
-    versions = (version("jax"), version(compiler))
+    versions = ("jax " + version("jax"), compiler(topology))
     kind = program.mesh.devices.flat[0].device_kind
     options = str(COMPILER_OPTIONS.get(topology.platform))
     text = "\n".join((*versions, kind, topology.shape, options, _counting(), lowered.as_text()))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def compiler(topology: Topology) -> str:
+    """What compiles for these machines, and its version: others place buffers otherwise."""
+    package = "libtpu" if topology.platform == "tpu" else "jaxlib"
+    return f"{package} {version(package)}"
 
 
 @functools.cache

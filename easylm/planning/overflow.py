@@ -22,7 +22,7 @@ _TOTALS = re.compile(
     r"\((?P<needed>[\d.]+\w?)\) exceeds available HBM \((?P<usable>[\d.]+\w?)\)"
     r"|Used (?P<used>[\d.]+\w?) of (?P<capacity>[\d.]+\w?) hbm"
 )
-_ALLOCATION = re.compile(r"allocation \d+: size (\d+), (color \d+, )?page \d+, ?(.*)")
+_ALLOCATION = re.compile(r"allocation \d+: size (\d+), (color \d+, )?(?:page \d+, ?)?(.*)")
 _VALUE = re.compile(
     r" value: <\d+ (?P<name>[^ {]+)(?P<index>\{[\d,]*\})?(?P<phi> \(phi\))? @\d+> "
     r"\(size=(?P<size>\d+),offset=(?P<offset>\d+)\): (?P<shape>\w+\[[\d,]*\])"

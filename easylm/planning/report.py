@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Sequence
 
 from easylm.command import COLUMNS, wrap_line
+from easylm.planning.compiled import compiler
 from easylm.planning.estimate import Plan
 from easylm.planning.overflow import Overflow
 from easylm.planning.roofline import Roofline
@@ -74,7 +75,8 @@ def _memory(plan: Plan) -> str:
         filled = "#" * min(_BAR, round(share * _BAR))
         percent = f"{share:>6.1%}" if share < 10 else f"{share:.0%}"
         line += f"  [{filled:.<{_BAR}}] {percent} {verdict}"
-    return "\n".join(["memory of a device, by the compiler", *text, line])
+    head = f"memory of a device, by the compiler ({compiler(plan.topology)})"
+    return "\n".join([head, *text, line])
 
 
 def _parts(plan: Plan) -> dict[str, int]:
@@ -228,6 +230,7 @@ def as_values(plan: Plan, advice: Sequence[str]) -> dict:
         "topology": plan.topology.name,
         "devices": plan.num_devices,
         "device_kind": plan.device_kind,
+        "compiler": compiler(plan.topology),
         "init_from": plan.config.init_from,
         "reference_comes_on_top": _has_reference(plan),
         "parameters": plan.parameters,

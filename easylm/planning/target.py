@@ -71,6 +71,8 @@ def _slice_devices(topology: Topology) -> list:
 
     # By default a chip of v4 would be two devices, as its cores are where megacore is off.
     config = {"chip_config_name": "megacore"} if topology.generation == "v4" else {}
+    if topology.shape.endswith(":1x1"):  # older ones would look for a whole host's four chips
+        config["chips_per_host_bounds"] = (1, 1, 1)
     try:
         found = topologies.get_topology_desc(topology.shape, platform="tpu", **config)
     except JaxRuntimeError as error:
