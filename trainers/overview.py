@@ -67,8 +67,18 @@ def overview(
 
 def _time(model: LlamaConfig, mesh: Mesh, lengths: np.ndarray, dtype, done: float) -> str:
     """The least time that is left: model FLOPs at the speed of bare matrix products."""
+    flops = flops_of_segments(model, lengths)
+    peak = peak_flops(mesh.devices.flat[0].device_kind, mesh.size)
+    how = "the devices' peak" if peak else "measured here"
+    speed = peak or _measured_flops(mesh, dtype)
+    least = timedelta(seconds=round(flops * (1 - done) / speed))
+    return f"at least {least}: {flops:.2g} FLOPs, {speed:.2g} a second ({how})"
+
+
+def flops_of_segments(model: LlamaConfig, lengths: np.ndarray) -> float:
+    """What training on segments of these lengths asks of the model; see `model_flops`."""
     lengths = lengths.astype(np.float64)
-    flops = model_flops(
+    return model_flops(
         parameters=count_parameters(model),
         num_hidden_layers=model.num_hidden_layers,
         num_attention_heads=model.num_attention_heads,
@@ -76,11 +86,6 @@ def _time(model: LlamaConfig, mesh: Mesh, lengths: np.ndarray, dtype, done: floa
         tokens=lengths.sum(),
         causal_pairs=(lengths * (lengths + 1) / 2).sum(),
     )
-    peak = peak_flops(mesh.devices.flat[0].device_kind, mesh.size)
-    how = "the devices' peak" if peak else "measured here"
-    speed = peak or _measured_flops(mesh, dtype)
-    least = timedelta(seconds=round(flops * (1 - done) / speed))
-    return f"at least {least}: {flops:.2g} FLOPs, {speed:.2g} a second ({how})"
 
 
 def _measured_flops(mesh: Mesh, dtype, size: int = 1024) -> float:

@@ -8,7 +8,6 @@ import numpy as np
 
 from easylm.attention import choose_backend
 from easylm.devices import DEVICES
-from easylm.metrics import model_flops
 from easylm.planning.compiled import Compiled, compile_step
 from easylm.planning.flops import Flops, count_parameters, step_flops
 from easylm.planning.inputs import Inputs
@@ -17,6 +16,7 @@ from easylm.planning.roofline import Roofline, roofline
 from easylm.planning.topology import Topology
 from easylm.trainers.build import Program
 from easylm.trainers.config import DpoConfig, RunConfig
+from easylm.trainers.overview import flops_of_segments
 
 # Steps whose rows are looked at to know the work of a typical one.
 _SAMPLES = 8
@@ -176,20 +176,8 @@ def typical_flops(
         tensor=tensor,
         rows_at_once=at_once,
     )
-    return Flops(_model_flops(inputs) / len(inputs.stream), counted.hardware / len(steps))
-
-
-def _model_flops(inputs: Inputs) -> float:
-    """Of the whole run, as MFU counts them."""
-    model, lengths = inputs.model, inputs.stream.seen_lengths.astype(np.float64)
-    return model_flops(
-        parameters=count_parameters(model),
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        head_dim=model.head_dim,
-        tokens=lengths.sum(),
-        causal_pairs=(lengths * (lengths + 1) / 2).sum(),
-    )
+    asked = flops_of_segments(inputs.model, inputs.stream.seen_lengths)
+    return Flops(asked / len(inputs.stream), counted.hardware / len(steps))
 
 
 def _usable(devices: list[jax.Device]) -> int | None:
