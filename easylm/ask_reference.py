@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from easylm import hosts
 from easylm.command import say
 from easylm.data.pairs import Pairs
 from easylm.data.store import content_key
@@ -65,7 +66,8 @@ def ask_reference(
     params = asked.load(param_shardings(asked.config, mesh), jnp.dtype(config.param_dtype))
     known = _known_or_computed(config, asked.config, mesh, params, pairs, batch_rows)
     table = ReferenceTable(ids, *known.lookup(ids))
-    table.save(path)
+    if hosts.is_first():
+        table.save(path)
     if reference is not None:
         return table, policy.load
     return table, lambda shardings, dtype: params  # they are there already
@@ -98,7 +100,10 @@ def _known_or_computed(
     )
     folder = os.path.join(os.path.expanduser(config.data.cache), "reference", name)
     parts = ReferenceParts(folder)
-    known = before = parts.load()
+    # Others may add to the folder meanwhile: all hosts must know of the same pairs.
+    known = before = ReferenceTable.from_bytes(
+        hosts.on_first("reading the reference", lambda: parts.load().to_bytes()), folder
+    )
     for of_source in pairs.values():
         known = reference_pass(
             config, model, mesh, params, of_source, known, parts, batch_rows=batch_rows

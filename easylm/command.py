@@ -13,6 +13,7 @@ COLUMNS = 80
 FAULT_CODE = 1
 INPUT_ERROR_CODE = 2
 PREEMPTED_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+HOST_LOST_CODE = 76  # another host of the run is gone
 INTERRUPTED_CODE = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
 BROKEN_PIPE_CODE = 141  # 128 + SIGPIPE
 
@@ -26,16 +27,10 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     Any other exception is a fault of ours: Python prints its traceback, exit 1.
     """
     try:
-        code = _printed(main)
-    except InputError as error:
-        print(format_error(error), file=sys.stderr)
-        code = INPUT_ERROR_CODE
-    except PreemptedError as error:
-        print(wrap_line(str(error)), file=sys.stderr)
-        code = PREEMPTED_CODE
-    except FloatingPointError as error:
-        print(format_error(error), file=sys.stderr)
-        code = FAULT_CODE
+        code = printed(main)
+    except (InputError, PreemptedError, FloatingPointError) as error:
+        code, message = explained_exit(error)
+        say(message)
     except KeyboardInterrupt:
         code = INTERRUPTED_CODE
     except BrokenPipeError:
@@ -47,7 +42,18 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     sys.exit(code or 0)
 
 
-def _printed(main: Callable[[Sequence[str]], int | None]) -> int | str | None:
+def explained_exit(error: Exception) -> tuple[int, str | None]:
+    """(exit code, message) of an error that explains itself; no message where it is our fault."""
+    if isinstance(error, InputError):
+        return INPUT_ERROR_CODE, format_error(error)
+    if isinstance(error, PreemptedError):
+        return PREEMPTED_CODE, wrap_line(str(error))
+    if isinstance(error, FloatingPointError):
+        return FAULT_CODE, format_error(error)
+    return FAULT_CODE, None
+
+
+def printed(main: Callable[[Sequence[str]], int | None]) -> int | str | None:
     """The exit code of `main`, once all that it printed has left this process."""
     try:
         code = main(sys.argv[1:])

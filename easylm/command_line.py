@@ -39,7 +39,7 @@ class CommandLine(NamedTuple, Generic[_Config]):
     workdir: str
 
 
-_WORKDIR = {"workdir": Flag(str, "", "DIR", "Folder for all results, local or gs://.")}
+WORKDIR = {"workdir": Flag(str, "", "DIR", "Folder for all results, local or gs://.")}
 
 
 def parse_command_line(
@@ -60,11 +60,22 @@ def parse_command_line(
     """
     workdir = "--workdir=DIR" if workdir_required else "[--workdir=DIR]"
     config, named = parse_config(
-        argv, config_class, program, description, usage=workdir, own=_WORKDIR
+        argv, config_class, program, description, usage=workdir, own=WORKDIR
     )
-    if workdir_required and not named["workdir"]:
-        raise InputError("--workdir: not given; wanted a folder (local or gs://) for the results")
+    if workdir_required:
+        require_workdir(named["workdir"])
     return CommandLine(config, os.path.expanduser(named["workdir"]))
+
+
+def require_workdir(given: str) -> str:
+    """The folder that --workdir names, without a slash at its end.
+
+    Raises:
+      InputError: it names none.
+    """
+    if not given:
+        raise InputError("--workdir: not given; wanted a folder (local or gs://) for the results")
+    return os.path.expanduser(given).rstrip("/")
 
 
 def parse_config(

@@ -10,7 +10,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from easylm.command import run_command, say
+from easylm import hosts
+from easylm.command import say
+from easylm.compilation import use_compilation_cache
 from easylm.data.batches import BatchStream
 from easylm.data.pair_batches import pair_stream, pairs_per_row
 from easylm.data.pair_rows import PAIRS
@@ -18,6 +20,7 @@ from easylm.data.pairs import Pairs
 from easylm.data.prepare import PreparedPairs
 from easylm.data.show import format_pair
 from easylm.errors import InputError
+from easylm.hosts.command import run_on_hosts
 from easylm.models.llama.config import LlamaConfig
 from easylm.reference import ReferenceTable
 from easylm.start import (
@@ -29,7 +32,6 @@ from easylm.start import (
     open_weights,
     parse_run,
     prepare_preferences,
-    use_devices,
 )
 from easylm.track import check_trackers
 from easylm.trainers.config import DpoConfig
@@ -45,13 +47,15 @@ def main(argv: Sequence[str]) -> None:
     """Trains, then writes the model as a Hugging Face folder to WORKDIR/hf."""
     config, workdir = parse_run(argv, DpoConfig, __doc__)
     going_on = holds_same_run(config, workdir)
-    check_trackers(tensorboard=config.tensorboard, wandb=config.wandb)
+    if hosts.is_first():
+        check_trackers(tensorboard=config.tensorboard, wandb=config.wandb)
     # The data comes first: it is what is wrong most often, and is checked in seconds.
-    rows = open_data(config, PAIRS)
-    weights = open_weights(config, workdir if going_on else "")
-    tokenizer = open_tokenizer(config, workdir, rows["data"], weights, going_on=going_on)
-    model = model_config(config, weights, tokenizer)
-    data = {name: prepare_preferences(config, rows[name], tokenizer, model) for name in rows}
+    with hosts.first_alone("preparing the data"):
+        rows = open_data(config, PAIRS)
+        weights = open_weights(config, workdir if going_on else "")
+        tokenizer = open_tokenizer(config, workdir, rows["data"], weights, going_on=going_on)
+        model = model_config(config, weights, tokenizer)
+        data = {name: prepare_preferences(config, rows[name], tokenizer, model) for name in rows}
     pairs = data["data"].pairs
     for index in range(min(config.data.show, len(pairs))):
         say(format_pair(tokenizer, pairs, index, color=sys.stderr.isatty()))
@@ -105,7 +109,7 @@ def train(
     from easylm.sharding import make_mesh, row_groups
     from easylm.trainers.dpo import dpo_objective
 
-    use_devices(config)
+    use_compilation_cache(config.compilation_cache)
     mesh = make_mesh(config.mesh)
     check_mesh(model, mesh)
     pairs = {name: prepared.pairs for name, prepared in data.items()}
@@ -181,4 +185,4 @@ def open_streams(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_on_hosts(main)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from easylm import storage
+from easylm import hosts, storage
 from easylm.command import say
 from easylm.converters.export import export_hf
 from easylm.errors import InputError
@@ -37,7 +37,7 @@ class Exporter:
         self._config, self._workdir, self._model = config, workdir, model
         self._files, self._total_steps = tokenizer_files, total_steps
         self._written = ""  # the newest that this process has made
-        self._check_place()
+        hosts.on_first("looking at the export", self._check_place)
 
     def _check_place(self) -> None:
         folder = f"{self._workdir}/hf"
@@ -80,15 +80,8 @@ class Exporter:
             target = f"{target}/{step}"
         if target == self._written:
             return target
-        if storage.exists(f"{target}/{storage.COMPLETE}"):
-            found = json.loads(storage.read_bytes(f"{target}/config.json"))["torch_dtype"]
-            wanted = config.export.dtype
-            hint = f", in {found}; easylm.convert writes it in {wanted}" if found != wanted else ""
-            say(f"{target} is there already{hint}")
+        if hosts.on_first("looking at the export", lambda: self._is_there(target)):
             return target
-        if storage.exists(target):
-            say(f"{target} was not finished; it is written again")
-            storage.remove_folder(target)
         export_hf(
             params,
             self._model,
@@ -100,6 +93,19 @@ class Exporter:
         self._written = target
         say(f"exported to {target}")
         return target
+
+    def _is_there(self, target: str) -> bool:
+        """Whether the folder is there, whole; removes one that is not."""
+        if storage.exists(f"{target}/{storage.COMPLETE}"):
+            found = json.loads(storage.read_bytes(f"{target}/config.json"))["torch_dtype"]
+            wanted = self._config.export.dtype
+            hint = f", in {found}; easylm.convert writes it in {wanted}" if found != wanted else ""
+            say(f"{target} is there already{hint}")
+            return True
+        if storage.exists(target):
+            say(f"{target} was not finished; it is written again")
+            storage.remove_folder(target)
+        return False
 
     def _card(self, step: int) -> str:
         of_run = "" if step == self._total_steps else f" of {self._total_steps:,}"

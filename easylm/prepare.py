@@ -23,6 +23,7 @@ from easylm.start import (
     open_data,
     open_tokenizer,
     open_weights,
+    place_cache,
     prepare_data,
     prepare_preferences,
 )
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     """Prepares the data of a config and says what it is like."""
     program, kind = "python -m easylm.prepare", choose_class(argv, list(_KINDS))
     config, workdir = parse_command_line(argv, kind, program, __doc__, workdir_required=False)
-    workdir = workdir.rstrip("/")
+    workdir, config = workdir.rstrip("/"), place_cache(config, "")
     form, prepare = _KINDS[kind]
     rows = open_data(config, form)
     going_on = bool(workdir) and has_checkpoints(workdir)  # of a run, whose tokenizer stays

@@ -122,10 +122,14 @@ class ReferenceTable:
         Raises:
             InputError: the disk or the bucket refuses.
         """
+        _write_whole(path, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The content of the file that `save` writes."""
         arrays = {"ids": self.ids, "chosen": self.chosen, "rejected": self.rejected}
         file = io.BytesIO()
         np.savez(file, **arrays)
-        _write_whole(path, file.getvalue())
+        return file.getvalue()
 
     @classmethod
     def load(cls, path: str) -> ReferenceTable:
@@ -134,7 +138,19 @@ class ReferenceTable:
         Raises:
             InputError: the file is missing, cannot be read, or is damaged.
         """
-        data = storage.read_bytes(path)
+        return cls.from_bytes(storage.read_bytes(path), path)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> ReferenceTable:
+        """The table that `to_bytes` made.
+
+        Args:
+            data: its bytes.
+            where: they come from, for messages.
+
+        Raises:
+            InputError: they are damaged.
+        """
         try:
             # numpy may trip over a damaged header before it sees the checksum.
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -144,7 +160,7 @@ class ReferenceTable:
                 return cls(arrays["ids"], arrays["chosen"], arrays["rejected"])
         except _DAMAGE as error:
             raise InputError(
-                f"{path}: the stored reference log-probabilities are damaged ({error})"
+                f"{where}: the stored reference log-probabilities are damaged ({error})"
             ) from error
 
 

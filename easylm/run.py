@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
+from easylm import hosts
 from easylm.checkpoint import make_bundle
 from easylm.command import say
 from easylm.data.batches import BatchStream
@@ -53,6 +54,7 @@ def run(
     files = tokenizer_files(tokenizer)
     bundle = make_bundle(model.to_hf(config.param_dtype), files, dataclasses.asdict(config))
     bundle["data"] = {**data, "examples": stream.num_examples, "steps": len(stream)}
+    hosts.check_same("the data", bundle["data"])
     export = Exporter(config, workdir, model, files, total_steps=len(stream))
     try:
         params = fit(
@@ -68,15 +70,17 @@ def run(
             workdir=workdir,
         )
     except FloatingPointError:
-        with contextlib.suppress(InputError):  # they show how the loss got there, if they can
-            _draw(plots, workdir)
+        if hosts.is_first():
+            with contextlib.suppress(InputError):  # they show how the loss got there, if they can
+                _draw(plots, workdir)
         raise
     folder = export(len(stream), params)
-    _draw(plots, workdir)
-    picture = f"{workdir}/plots/lengths.png"
-    plot_lengths(lengths, config.data.seq_len, picture, objective.noun)
-    say(f"plots are in {workdir}/plots")
-    say_how_to_chat(folder)
+    if hosts.is_first():
+        _draw(plots, workdir)
+        picture = f"{workdir}/plots/lengths.png"
+        plot_lengths(lengths, config.data.seq_len, picture, objective.noun)
+        say(f"plots are in {workdir}/plots")
+        say_how_to_chat(folder)
 
 
 def _draw(plots: Sequence[Callable[[str], str]], workdir: str) -> None:

@@ -7,11 +7,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from easylm.command import run_command, say
+from easylm import hosts
+from easylm.command import say
+from easylm.compilation import use_compilation_cache
 from easylm.data.batches import BatchStream
 from easylm.data.example_batches import example_stream
 from easylm.data.prepare import Prepared
 from easylm.data.show import format_example
+from easylm.hosts.command import run_on_hosts
 from easylm.models.llama.config import LlamaConfig
 from easylm.start import (
     batch_rows,
@@ -22,7 +25,6 @@ from easylm.start import (
     open_weights,
     parse_run,
     prepare_data,
-    use_devices,
 )
 from easylm.track import check_trackers
 from easylm.trainers.config import SftConfig
@@ -38,13 +40,15 @@ def main(argv: Sequence[str]) -> None:
     """Trains, then writes the model as a Hugging Face folder to WORKDIR/hf."""
     config, workdir = parse_run(argv, SftConfig, __doc__)
     going_on = holds_same_run(config, workdir)
-    check_trackers(tensorboard=config.tensorboard, wandb=config.wandb)
+    if hosts.is_first():
+        check_trackers(tensorboard=config.tensorboard, wandb=config.wandb)
     # The data comes first: it is what is wrong most often, and is checked in seconds.
-    rows = open_data(config)
-    weights = open_weights(config, workdir if going_on else "")
-    tokenizer = open_tokenizer(config, workdir, rows["data"], weights, going_on=going_on)
-    model = model_config(config, weights, tokenizer)
-    data = {name: prepare_data(config, rows[name], tokenizer, model) for name in rows}
+    with hosts.first_alone("preparing the data"):
+        rows = open_data(config)
+        weights = open_weights(config, workdir if going_on else "")
+        tokenizer = open_tokenizer(config, workdir, rows["data"], weights, going_on=going_on)
+        model = model_config(config, weights, tokenizer)
+        data = {name: prepare_data(config, rows[name], tokenizer, model) for name in rows}
     examples = data["data"].examples
     for index in range(min(config.data.show, len(examples))):
         say(format_example(tokenizer, *examples.example(index), color=sys.stderr.isatty()))
@@ -65,7 +69,7 @@ def train(
     from easylm.sharding import make_mesh, row_groups
     from easylm.trainers.sft import sft_objective
 
-    use_devices(config)
+    use_compilation_cache(config.compilation_cache)
     mesh = make_mesh(config.mesh)
     check_mesh(model, mesh)
     examples = data["data"].examples
@@ -118,4 +122,4 @@ def open_streams(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_on_hosts(main)

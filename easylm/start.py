@@ -5,15 +5,17 @@ Commands share it. jax loads with the weights, after everything that can be wron
 
 import dataclasses
 import os
+import platform
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from easylm import storage
+from easylm import hosts, storage
 from easylm.chat import check_eos_newline, stop_tokens
 from easylm.command import say
-from easylm.command_line import CommandLine, choose_class, parse_command_line
+from easylm.command_line import WORKDIR, CommandLine, choose_class, parse_config, require_workdir
+from easylm.compilation import use_compilation_cache
 from easylm.data.pack import pack
 from easylm.data.prepare import (
     Prepared,
@@ -24,7 +26,9 @@ from easylm.data.prepare import (
     prepare_pairs,
 )
 from easylm.data.rows import CONVERSATIONS, Form
+from easylm.data.store import LOCAL_CACHE
 from easylm.errors import InputError
+from easylm.hosts.flags import HOST_FLAGS, parse_place
 from easylm.models.llama.config import LlamaConfig
 from easylm.tokenizer import load_tokenizer, require_eos, set_chat_template, train_tokenizer
 from easylm.trainers.config import DpoConfig, RunConfig, SftConfig
@@ -41,28 +45,55 @@ _Prepared = TypeVar("_Prepared", Prepared, PreparedPairs)
 # What the two kinds of data are called in the config.
 SOURCE_FIELDS = {"data": "data.sources", "eval": "data.eval_sources"}
 _COMMANDS = {SftConfig: "python -m easylm.sft", DpoConfig: "python -m easylm.dpo"}
+_USAGE = "--workdir=DIR [--coordinator=HOST:PORT --processes=N --process=I]"
 
 
 def parse_run(
     argv: Sequence[str], config_class: type[_Config], description: str
 ) -> CommandLine[_Config]:
-    """Reads the command line of the command that trains by `config_class`.
+    """Reads the command line of the command that trains by `config_class`, and finds other hosts.
 
-    jax, not loaded yet, will have the virtual devices that the config asks for.
+    jax, which loads where there may be other hosts, will have the virtual devices that the config
+    asks for.
 
     Raises:
-      InputError: as `parse_command_line`, or the config is another command's.
+      InputError: as `parse_config`, the config is another command's, or other hosts have another.
     """
     command = _COMMANDS[config_class]
     found = choose_class(argv, [config_class, *_COMMANDS])
     if found is not config_class:
         raise InputError(f"--config: found a config of {_COMMANDS[found]}; wanted one of {command}")
-    config, workdir = parse_command_line(argv, config_class, command, description)
+    own = {**WORKDIR, **HOST_FLAGS}
+    config, named = parse_config(argv, config_class, command, description, usage=_USAGE, own=own)
+    workdir, place = require_workdir(named["workdir"]), parse_place(named)
     # jax reads it when it loads, which may be as soon as a checkpoint is looked into. XLA_FLAGS is
     # the older way to say it, and goes first.
     if config.cpu_devices and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         os.environ["JAX_NUM_CPU_DEVICES"] = str(config.cpu_devices)
-    return CommandLine(config, workdir.rstrip("/"))
+    if hosts.join(place):
+        _meet(config, workdir)
+    return CommandLine(place_cache(config, workdir), workdir)
+
+
+def _meet(config: RunConfig, workdir: str) -> None:
+    """Goes on with the other hosts, if they run the same."""
+    import jax
+    import jaxlib
+
+    # jax looks for the cache at its first program, which is one of these.
+    use_compilation_cache(config.compilation_cache)
+    hosts.meet()
+    versions = {"Python": platform.python_version(), "jax": jax.__version__}
+    hosts.check_same("the versions", {**versions, "jaxlib": jaxlib.__version__})
+    hosts.check_same("the config", dataclasses.asdict(config))
+    hosts.check_same("--workdir", workdir)
+
+
+def place_cache(config: _Config, workdir: str) -> _Config:
+    """`config` with a folder in data.cache, where it had none: one that all hosts see."""
+    shared = hosts.count() > 1 and workdir
+    cache = config.data.cache or (f"{workdir}/prepared" if shared else LOCAL_CACHE)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, cache=cache))
 
 
 def open_weights(config: RunConfig, going_on_in: str = "") -> "Weights | None":
@@ -98,7 +129,7 @@ def open_tokenizer(
 
     Args:
       config: of the run.
-      workdir: keeps a tokenizer that is trained here.
+      workdir: keeps a tokenizer that is trained here, by the first host.
       rows: to train one on.
       weights: what the run starts from.
       going_on: whether `weights` are the checkpoint of this run.
@@ -107,10 +138,11 @@ def open_tokenizer(
         return weights.tokenizer()
     if config.data.tokenizer_vocab_size is not None:
         folder = f"{workdir}/tokenizer"
-        if storage.exists(folder):  # what an earlier start left there may be of other data
-            storage.remove_folder(folder)
-        texts = (turn["content"] for row in rows.read().rows for turn in row.messages)
-        train_tokenizer(texts, config.data.tokenizer_vocab_size, folder)
+        if hosts.is_first():
+            if storage.exists(folder):  # what an earlier start left there may be of other data
+                storage.remove_folder(folder)
+            texts = (turn["content"] for row in rows.read().rows for turn in row.messages)
+            train_tokenizer(texts, config.data.tokenizer_vocab_size, folder)
         tokenizer = load_tokenizer(folder, config.data.chat_template)
     elif config.data.tokenizer:
         tokenizer = load_tokenizer(config.data.tokenizer, config.data.chat_template)
@@ -245,23 +277,6 @@ def load_params(config: RunConfig, weights: "Weights | None", model, shardings, 
 
     make = jax.jit(lambda key: init_params(model, key, dtype), out_shardings=shardings)
     return make(jax.random.key(config.seed))
-
-
-def use_devices(config: RunConfig) -> None:
-    """Says where compiled steps are kept, and looks for the devices.
-
-    Raises:
-      InputError: this is one of several hosts.
-    """
-    import jax
-
-    from easylm.compilation import use_compilation_cache
-
-    use_compilation_cache(config.compilation_cache)
-    if jax.process_count() > 1:
-        raise InputError(
-            f"found {jax.process_count()} hosts; wanted one: runs over several are not there yet"
-        )
 
 
 def batch_rows(config: RunConfig, lengths: np.ndarray, noun: str) -> int:

@@ -13,13 +13,13 @@ import tqdm
 from flax import nnx
 from jax.sharding import Mesh
 
+from easylm import hosts
 from easylm.data.batches import BatchStream
 from easylm.data.pair_batches import pair_stream
 from easylm.data.pairs import Pairs
 from easylm.errors import PreemptedError
 from easylm.models.llama.config import LlamaConfig
 from easylm.models.llama.sharding import param_shardings
-from easylm.preemption import stop_noticed
 from easylm.reference import ReferenceParts, ReferenceTable
 from easylm.sharding import batch_sharding, replicated
 from easylm.trainers.build import model_graph
@@ -77,19 +77,25 @@ def reference_pass(
         return known
     done = len(pairs) - sum(len(held[step]) for step in todo)
     results = _computed(config, model, mesh, params, stream, pairs, todo)
-    with stop_noticed() as stopped, contextlib.closing(results), _bar(len(pairs), done) as bar:
+    with (
+        hosts.stop_noticed() as stopped,
+        contextlib.closing(results),
+        _bar(len(pairs), done) as bar,
+    ):
         written = time.monotonic()
         fresh = []
         for step, table in results:
             fresh.append(table)
             bar.update(len(held[step]))
             late = time.monotonic() - written > SECONDS_BETWEEN_PARTS
-            if late or stopped() or step == todo[-1]:
+            stopping = stopped()
+            if late or stopping or step == todo[-1]:
                 part = ReferenceTable.union(fresh).without(known)
-                # Named by what it holds: a run in another order must not overwrite it.
-                parts.add(hashlib.sha256(part.ids).hexdigest()[:32], part)
+                if hosts.is_first():
+                    # Named by what it holds: a run in another order must not overwrite it.
+                    parts.add(hashlib.sha256(part.ids).hexdigest()[:32], part)
                 known, fresh, written = known.merge(part), [], time.monotonic()
-            if stopped() and not fresh:
+            if stopping:
                 raise PreemptedError(
                     f"stopped in the pass of the reference, after {bar.n:,} of {len(pairs):,} "
                     "pairs; they are kept, and the same command goes on from there"

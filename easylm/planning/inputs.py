@@ -22,6 +22,7 @@ from easylm.start import (
     open_data,
     open_tokenizer,
     open_weights,
+    place_cache,
     prepare_data,
     prepare_preferences,
 )
@@ -71,6 +72,7 @@ def read_inputs(config: RunConfig) -> Inputs:
 def _prepared(config: RunConfig) -> Inputs:
     """Reads and encodes the data; a run that follows finds it encoded."""
     on_pairs = isinstance(config, DpoConfig)
+    config = place_cache(config, workdir="")
     rows = open_data(config, PAIRS if on_pairs else CONVERSATIONS)["data"]
     weights = _describe(config)
     with tempfile.TemporaryDirectory() as folder:
