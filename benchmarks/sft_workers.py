@@ -115,6 +115,7 @@ def run_options(model: LlamaConfig) -> dict:
         ),
         "checkpoint": options.CheckpointConfig(),
         "export": options.ExportConfig(),
+        "profile": options.ProfileConfig(),
     }
 
 

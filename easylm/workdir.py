@@ -27,6 +27,7 @@ FREE_FIELDS = (
     "config.mesh",
     "config.micro_batches",
     "config.pod",
+    "config.profile.",
     "config.remat",
     "config.tensorboard",
     "config.wandb",

@@ -13,6 +13,7 @@ from easylm.trainers.options import (
     ExportConfig,
     ModelConfig,
     OptimizerConfig,
+    ProfileConfig,
 )
 
 
@@ -24,6 +25,7 @@ def card(optimizer=None, data=None, dpo=None, **options):
         "optimizer": OptimizerConfig(**optimizer or {}),
         "checkpoint": CheckpointConfig(),
         "export": ExportConfig(),
+        "profile": ProfileConfig(),
     }
     objective, sections = (
         (SftConfig, sections)

@@ -14,6 +14,7 @@ from easylm.trainers.options import (
     ExportConfig,
     ModelConfig,
     OptimizerConfig,
+    ProfileConfig,
     at_least,
     require,
 )
@@ -66,6 +67,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig
     export: ExportConfig
+    profile: ProfileConfig
 
     def __post_init__(self):
         require(bool(self.init_from), "init_from", self.init_from, "weights to start from")

@@ -10,24 +10,28 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from easylm import hosts, storage
 from easylm.checkpoint import Checkpointer, latest_step, read_bundle, read_state
 from easylm.command import say
 from easylm.config import write_json
 from easylm.data.batches import BatchStream
 from easylm.errors import InputError
+from easylm.metrics import MetricsWriter
 from easylm.models.llama.config import LlamaConfig
-from easylm.preemption import stop_noticed
 from easylm.track import open_trackers
 from easylm.trainers.build import Program, build
 from easylm.trainers.config import RunConfig
 from easylm.trainers.evaluate import evaluator
 from easylm.trainers.loop import not_finite, train
+from easylm.trainers.memory import compiled_bytes
 from easylm.trainers.objective import Objective
 from easylm.trainers.overview import overview
 from easylm.trainers.place import batches_on
+from easylm.trainers.profile import Profile
 from easylm.trainers.report import Reporter
 from easylm.trainers.save import Saver
 from easylm.trainers.step import TrainState, init_state
+from easylm.watchdog import METRICS, Watchdog
 
 LoadParams = Callable[[dict, jnp.dtype], dict]  # (shardings, dtype) -> parameters on the mesh
 
@@ -74,7 +78,7 @@ def fit(
         batch=objective.batch,
         total_steps=len(stream),
     )
-    last_step = latest_step(workdir) or 0
+    last_step = hosts.on_first("looking for checkpoints", lambda: latest_step(workdir) or 0)
     step_folder = f"{workdir}/checkpoints/{last_step}"
     if last_step:
         say(f"going on after step {last_step} of {len(stream)}")
@@ -82,7 +86,7 @@ def fit(
     state = _start(program, step_folder, last_step, load_params)
     # What the run starts from is good: only now does it leave a trace.
     checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
-    write_json(config, f"{workdir}/config.json")
+    _leave_config(config, workdir)
     saver = Saver(config, checkpointer, export, bundle)
     saver.export(last_step, state.params)  # it may have been cut off
     if last_step >= len(stream):
@@ -111,10 +115,23 @@ def _train(
     step_fn = _compile(program)
     memory = step_fn.memory_analysis()
     say(overview(config, model, program.mesh, objective, stream, memory, last_step))
-    reporter = _reporter(config, workdir, model, program, stream, last_step)
+    expected = None if memory is None else compiled_bytes(memory)
+    reporter = _reporter(config, workdir, model, program, stream, last_step, expected)
+    profile = Profile(
+        config.profile,
+        workdir,
+        last_step=last_step,
+        total_steps=len(stream),
+        tell=reporter.note,
+    )
+    profile.after(last_step)
+    watchdog = Watchdog(last_step, tell=reporter.note, last_steps=hosts.last_steps)
 
     def report(step: int, metrics: dict[str, float], seconds: float) -> None:
-        reporter(step, metrics, seconds)
+        hosts.tell_step(step)
+        watchdog.done(step, seconds)
+        with watchdog.doing(METRICS):
+            reporter(step, metrics, seconds)
         if step == 1 and not not_finite(metrics):
             objective.check_first(metrics)
 
@@ -122,18 +139,21 @@ def _train(
         return eval_stream is not None and (step % config.eval_every == 0 or step == len(stream))
 
     held_out = functools.partial(batches_on, program.mesh, eval_stream)
-    with stop_noticed() as stopped, closing(reporter):
+    batches = batches_on(program.mesh, stream, range(last_step, len(stream)))
+    with hosts.stop_noticed() as stopped, closing(reporter), closing(profile), closing(watchdog):
         return train(
             state,
             step_fn,
-            batches_on(program.mesh, stream, range(last_step, len(stream))),
+            watchdog.waiting(batches),
             last_step=last_step,
             total_steps=len(stream),
             report=report,
             save_at=saver.due,
-            save=saver.save,
+            save=watchdog.paused(saver.save),
             evaluate_at=evaluate_at,
-            evaluate=evaluator(program, objective.loss_fn, held_out),
+            evaluate=watchdog.paused(evaluator(program, objective.loss_fn, held_out)),
+            pause_at=profile.due,
+            pause=watchdog.paused(profile.after),
             stopped=stopped,
         )
 
@@ -152,6 +172,19 @@ def _start(
     return TrainState(step, params, opt_state)
 
 
+def _leave_config(config: RunConfig, workdir: str) -> None:
+    """Writes WORKDIR/config.json, which every host must see then."""
+    path = f"{workdir}/config.json"
+    if hosts.is_first():
+        write_json(config, path)
+    hosts.wait_for_all("writing config.json")
+    if not storage.exists(path):
+        raise InputError(
+            f"--workdir: the first host wrote {path}, and this host does not see it; wanted a "
+            "folder that all hosts share: gs://BUCKET/FOLDER, or a shared disk"
+        )
+
+
 def _compile(program: Program):
     """The step, compiled before the clock of the first step starts."""
     started = time.perf_counter()
@@ -161,23 +194,30 @@ def _compile(program: Program):
 
 
 def _reporter(
-    config: RunConfig, workdir: str, model, program: Program, stream: BatchStream, last_step: int
+    config: RunConfig,
+    workdir: str,
+    model,
+    program: Program,
+    stream: BatchStream,
+    last_step: int,
+    expected: int | None,
 ) -> Reporter:
+    writers = []
+    if hosts.is_first():
+        trackers = {"tensorboard": config.tensorboard, "wandb": config.wandb}
+        writers = [
+            MetricsWriter(workdir, last_step),
+            *open_trackers(workdir, last_step, config=dataclasses.asdict(config), **trackers),
+        ]
     return Reporter(
-        workdir,
         model=model,
         mesh=program.mesh,
         stream=stream,
         schedule=program.schedule,
         last_step=last_step,
         every=config.log_every,
-        trackers=open_trackers(
-            workdir,
-            last_step,
-            tensorboard=config.tensorboard,
-            wandb=config.wandb,
-            config=dataclasses.asdict(config),
-        ),
+        expected=expected,
+        writers=writers,
     )
 
 

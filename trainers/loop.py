@@ -27,6 +27,8 @@ def train(
     save: Callable[[int, TrainState], None],
     evaluate_at: Callable[[int], bool],
     evaluate: Callable[[dict], dict[str, float]],
+    pause_at: Callable[[int], bool],
+    pause: Callable[[int], None],
     stopped: Callable[[], bool],
 ) -> TrainState:
     """Takes the steps after `last_step` up to `total_steps`.
@@ -45,6 +47,8 @@ def train(
       save: (step, state).
       evaluate_at: whether to evaluate after a step; before it is saved.
       evaluate: parameters -> metrics, which are reported with those of the step.
+      pause_at: whether `pause` is to be called after a step.
+      pause: does something that takes idle devices; its time is no step's.
       stopped: whether somebody wants the run to stop: then the step under way is the last.
     Returns:
       The state after `total_steps`.
@@ -72,17 +76,20 @@ def train(
 
     unfinished = None
     for step in range(last_step + 1, total_steps + 1):
-        state, metrics = step_fn(state, next(batches))
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, metrics = step_fn(state, next(batches))
         if unfinished is not None:
             finish(*unfinished, evaluated=False)
         unfinished = step, metrics
         stopping = stopped()
         saving = stopping or step == total_steps or save_at(step)
-        if saving or evaluate_at(step):
+        if saving or evaluate_at(step) or pause_at(step):
             finish(*unfinished, evaluated=evaluate_at(step) and not stopping)
             unfinished = None
             if saving:
                 save(step, state)
+            if pause_at(step):
+                pause(step)
             clock = time.perf_counter()
         if stopping and step < total_steps:
             raise PreemptedError(

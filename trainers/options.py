@@ -1,6 +1,7 @@
 """The sections of a run's config: every option, its default, and the rules it must obey."""
 
 import dataclasses
+import re
 from typing import Literal
 
 from easylm.config import option
@@ -122,7 +123,9 @@ class DataConfig:
         "refuse", "Stop before training and list bad rows, or count them and go on."
     )
     cache: str = option(
-        "~/.cache/easylm/prepared", "Folder of encoded data, which later runs use; may be gs://."
+        "",
+        "Folder of encoded data, which later runs use; may be gs://. Empty: "
+        "~/.cache/easylm/prepared, or WORKDIR/prepared where there are several hosts.",
     )
     processes: int | None = option(None, "Processes that encode; none: one per core.")
     expected_examples: int | None = option(
@@ -136,7 +139,6 @@ class DataConfig:
     def __post_init__(self):
         found = self.sources
         require(bool(found.strip()), "sources", found, "files to train on, comma-separated")
-        require(bool(self.cache), "cache", self.cache, "a folder")
         at_least(self, 2, "seq_len")
         at_least(self, 0, "show")
         at_least(self, 1, "processes", "expected_examples", "expected_mean_tokens")
@@ -296,3 +298,29 @@ class ExportConfig:
 
     def __post_init__(self):
         at_least(self, 1, "every")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Which steps of the run are traced."""
+
+    steps: str = option(
+        "", "Steps to trace into WORKDIR/profile, as FIRST:LAST, both included; empty: none."
+    )
+
+    def __post_init__(self):
+        wanted = "FIRST:LAST, two steps counted from 1, such as 10:13, or nothing"
+        valid = self.steps == "" or re.fullmatch(r"[0-9]{1,9}:[0-9]{1,9}", self.steps)
+        require(bool(valid), "steps", self.steps, wanted)
+        if self.steps:
+            require(1 <= self.first <= self.last, "steps", self.steps, wanted)
+
+    @property
+    def first(self) -> int:
+        """The first step to trace."""
+        return int(self.steps.split(":")[0])
+
+    @property
+    def last(self) -> int:
+        """The last one."""
+        return int(self.steps.split(":")[1])

@@ -15,6 +15,7 @@ from easylm.models.llama.config import LlamaConfig
 from easylm.models.llama.model import count_parameters
 from easylm.trainers.build import warmup_count
 from easylm.trainers.config import RunConfig
+from easylm.trainers.memory import format_bytes
 from easylm.trainers.objective import Objective
 
 
@@ -58,8 +59,8 @@ def overview(
     }
     if memory is not None:
         lines["memory"] = (
-            f"{_bytes(memory.argument_size_in_bytes)} state and batch + "
-            f"{_bytes(memory.temp_size_in_bytes)} temporaries a device (compiler)"
+            f"{format_bytes(memory.argument_size_in_bytes)} state and batch + "
+            f"{format_bytes(memory.temp_size_in_bytes)} temporaries a device (compiler)"
         )
     lines["time"] = _time(model, mesh, lengths, jnp.dtype(config.compute_dtype), last_step / steps)
     return "\n".join(f"  {name:<10}{text}" for name, text in lines.items())
@@ -99,11 +100,3 @@ def _measured_flops(mesh: Mesh, dtype, size: int = 1024) -> float:
     started = time.perf_counter()
     product(a, b).block_until_ready()
     return 2 * size**3 * mesh.size / (time.perf_counter() - started)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:,.2f} GiB"

@@ -5,20 +5,21 @@ from collections.abc import Sequence
 import optax
 from jax.sharding import Mesh
 
+from easylm.command import wrap_line
 from easylm.data.batches import BatchStream
 from easylm.devices import peak_flops
-from easylm.metrics import MetricsWriter, ProgressBar, model_flops, rates
+from easylm.metrics import ProgressBar, model_flops, rates
 from easylm.models.llama.config import LlamaConfig
 from easylm.models.llama.model import count_parameters
 from easylm.track import Tracker
 from easylm.trainers.loop import not_finite
+from easylm.trainers.memory import device_memory, process_memory
 
 
 class Reporter:
     """Writes and shows the steps of one run.
 
     Args:
-      workdir: of the run.
       model: sizes of the model, from which FLOPs are counted.
       mesh: where it runs.
       stream: the run's batches.
@@ -26,12 +27,12 @@ class Reporter:
       last_step: the step the run goes on from.
       every: steps between lines of metrics.jsonl; the last step always has one, and so has one
         with an evaluation.
-      trackers: get every line too.
+      expected: bytes that the compiler expects the step to take of each device; None: not known.
+      writers: get every line: metrics.jsonl and trackers; none on hosts that do not write.
     """
 
     def __init__(
         self,
-        workdir: str,
         *,
         model: LlamaConfig,
         mesh: Mesh,
@@ -39,13 +40,15 @@ class Reporter:
         schedule: optax.Schedule,
         last_step: int,
         every: int,
-        trackers: Sequence[Tracker],
+        expected: int | None,
+        writers: Sequence[Tracker],
     ):
         self._model, self._stream, self._schedule, self._every = model, stream, schedule, every
         self._parameters = count_parameters(model)
         self._peak = peak_flops(mesh.devices.flat[0].device_kind, mesh.size)
-        self._writers = [MetricsWriter(workdir, last_step), *trackers]
+        self._writers = writers
         self._bar = ProgressBar(last_step, len(stream))
+        self._first_step, self._expected = last_step + 1, expected
 
     def __call__(self, step: int, metrics: dict[str, float], seconds: float) -> None:
         """Reports step `step`, which took `seconds`; metrics as the train step gives them."""
@@ -55,9 +58,17 @@ class Reporter:
             for writer in self._writers:
                 writer.write(record)
         if "eval/loss" in record:
-            self._bar.note(f"step {step}: {_evaluation(record)}")
+            self.note(f"step {step}: {_evaluation(record)}")
+        if step == self._first_step:
+            memory = device_memory() or process_memory()
+            if memory is not None:
+                self.note(f"memory after step {step}: {memory.describe(self._expected)}")
         self._bar.show(record)
         self._bar.step()
+
+    def note(self, text: str) -> None:
+        """Says a line to people, above the progress bar; any thread may."""
+        self._bar.note(wrap_line(text))
 
     def _record(self, step: int, metrics: dict[str, float], seconds: float) -> dict:
         model, stream = self._model, self._stream
@@ -77,6 +88,9 @@ class Reporter:
             flops=flops,
             peak=self._peak,
         )
+        memory = device_memory()
+        if memory is not None:
+            counted["memory_peak_bytes"] = memory.peak
         return {
             "step": step,
             "epoch": stream.epoch(step),
@@ -88,7 +102,10 @@ class Reporter:
         }
 
     def close(self) -> None:
-        """Leaves the bar as it is and makes sure that every line is stored."""
+        """Says what memory it took, and makes sure that every line is stored."""
+        memory = device_memory() or process_memory()
+        if memory is not None:
+            self.note(f"memory at the peak: {memory.describe_peak()}")
         self._bar.close()
         for writer in self._writers:
             writer.close()

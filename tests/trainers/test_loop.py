@@ -13,7 +13,16 @@ class State(NamedTuple):
     params: int
 
 
-def run(losses, *, last_step=0, save_every=2, evaluate_every=100, taken_away_in=None, events=None):
+def run(
+    losses,
+    *,
+    last_step=0,
+    save_every=2,
+    evaluate_every=100,
+    taken_away_in=None,
+    paused=(),
+    events=None,
+):
     events = [] if events is None else events
     total = len(losses)
 
@@ -38,6 +47,8 @@ def run(losses, *, last_step=0, save_every=2, evaluate_every=100, taken_away_in=
         save=lambda step, state: events.append(("save", step, state.params)),
         evaluate_at=lambda step: step % evaluate_every == 0,
         evaluate=lambda params: {"eval/loss": 100.0 + params},
+        pause_at=lambda step: step in paused,
+        pause=lambda step: events.append(("pause", step)),
         stopped=lambda: ("step", taken_away_in) in events,
     )
     return state.params, events
@@ -52,6 +63,22 @@ def test_each_step_is_reported_once_and_in_order_while_the_next_one_runs():
         ("report", 1, 5.0),
         ("step", 3),
         ("report", 2, 4.0),
+        ("report", 3, 3.0),
+        ("save", 3, 6),
+    ]
+
+
+def test_a_pause_comes_with_idle_devices_after_the_save_of_its_step():
+    _, events = run([5.0, 4.0, 3.0], save_every=2, paused=(1, 2))
+    assert events == [
+        ("step", 1),
+        ("report", 1, 5.0),
+        ("pause", 1),
+        ("step", 2),
+        ("report", 2, 4.0),
+        ("save", 2, 3),
+        ("pause", 2),
+        ("step", 3),
         ("report", 3, 3.0),
         ("save", 3, 6),
     ]

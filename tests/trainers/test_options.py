@@ -93,6 +93,11 @@ def test_the_defaults_alone_name_what_is_missing():
         ("optimizer.clip_norm", 0.0, "config.optimizer.clip_norm: found 0.0; wanted a number"),
         ("checkpoint.every", 0, "config.checkpoint.every: found 0; wanted at least 1"),
         ("checkpoint.keep", 0, "config.checkpoint.keep: found 0; wanted at least 1"),
+        ("profile.steps", "10", "config.profile.steps: found '10'; wanted FIRST:LAST, two steps"),
+        ("profile.steps", "13:10", "config.profile.steps: found '13:10'; wanted FIRST:LAST"),
+        ("profile.steps", "0:3", "config.profile.steps: found '0:3'; wanted FIRST:LAST"),
+        ("profile.steps", "-1:3", "config.profile.steps: found '-1:3'; wanted FIRST:LAST"),
+        ("profile.steps", "2:3:4", "config.profile.steps: found '2:3:4'; wanted FIRST:LAST"),
         ("export.dtype", "int8", "config.export.dtype: found 'int8'; wanted one of float32"),
     ],
 )
