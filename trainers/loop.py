@@ -69,10 +69,7 @@ def train(
         clock = time.perf_counter()
         report(step, values, seconds)
         if wrong:
-            raise FloatingPointError(
-                f"step {step}: {wrong[0]} is {values[wrong[0]]}; the run stops here, and "
-                "what was saved before stays. A lower learning rate or a look at the data may help."
-            )
+            raise _stopped_by(step, wrong[0], values[wrong[0]])
 
     unfinished = None
     for step in range(last_step + 1, total_steps + 1):
@@ -97,3 +94,10 @@ def train(
                 "same command goes on from it"
             )
     return state
+
+
+def _stopped_by(step: int, name: str, value: float) -> FloatingPointError:
+    return FloatingPointError(
+        f"step {step}: {name} is {value}; the run stops here, and what was saved before stays. "
+        "A lower learning rate or a look at the data may help."
+    )
