@@ -1,11 +1,14 @@
 """Native checkpoints: Orbax step folders that hold all it takes to use or continue a model.
 
 A step folder has the items `params` and `bundle` and, from training, `opt_state`. It is written
-under a temporary name or mark and becomes visible whole, on disks and in buckets alike.
+under a temporary name or mark and becomes visible whole, on disks and in buckets alike. Those of a
+run are written by easylm/saving.py.
 """
 
 import base64
 import contextlib
+import os
+import re
 from collections.abc import Iterator
 
 import jax
@@ -13,11 +16,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from easylm import storage
-from easylm.errors import InputError
+from easylm.errors import InputError, UnavailableError
 from easylm.patience import patient_loops
 
 FORMAT = "easylm-1"
 _BUNDLE_FIELDS = ("model_config", "run_config", "tokenizer")
+# How tensorstore's errors of a bucket begin that stay the same when asked again.
+_REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "NOT_FOUND", "INVALID_ARGUMENT")
 
 
 def make_bundle(
@@ -44,45 +49,6 @@ def tokenizer_files_of(bundle: dict) -> dict[str, bytes]:
     return {name: base64.b64decode(text) for name, text in bundle["tokenizer"].items()}
 
 
-class Checkpointer:
-    """The checkpoints of one run, in WORKDIR/checkpoints; saves go on beside the training.
-
-    Args:
-      workdir: of the run; local or gs://.
-      keep: how many of the newest checkpoints stay.
-    """
-
-    def __init__(self, workdir: str, *, keep: int):
-        self._folder = f"{workdir.rstrip('/')}/checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        with storage.explained(self._folder):
-            self._manager = ocp.CheckpointManager(
-                _absolute(self._folder),
-                item_handlers={
-                    "params": _arrays(),
-                    "opt_state": _arrays(),
-                    "bundle": ocp.JsonCheckpointHandler(),
-                },
-                options=options,
-            )
-
-    def save(self, step: int, params: dict, opt_state, bundle: dict) -> None:
-        """Starts saving; returns as soon as the arrays may be overwritten."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(params),
-                opt_state=ocp.args.PyTreeSave(opt_state),
-                bundle=ocp.args.JsonSave(bundle),
-            ),
-        )
-
-    def close(self) -> None:
-        """Waits for saves under way."""
-        self._manager.wait_until_finished()
-        self._manager.close()
-
-
 def find_checkpoint(path: str) -> str | None:
     """The step folder that `path` means: itself, or the newest of a checkpoints folder or workdir.
 
@@ -93,7 +59,7 @@ def find_checkpoint(path: str) -> str | None:
     """
     path = path.rstrip("/")
     if storage.exists(f"{path}/bundle") and storage.exists(f"{path}/params"):
-        if not ocp.utils.is_checkpoint_finalized(_absolute(path)):
+        if not ocp.utils.is_checkpoint_finalized(absolute(path)):
             raise InputError(
                 f"{path}: the save that made this checkpoint did not finish; wanted a complete "
                 "one: name another step, or their folder for the newest complete one"
@@ -114,9 +80,14 @@ def latest_step(workdir: str) -> int | None:
 
 
 def _latest_step(folder: str) -> int | None:
+    return max(steps(folder), default=None)
+
+
+def steps(folder: str) -> list[int]:
+    """Of the complete checkpoints in a folder."""
     if not storage.is_folder(folder):
-        return None
-    return max(ocp.utils.checkpoint_steps(_absolute(folder)), default=None)
+        return []
+    return ocp.utils.checkpoint_steps(absolute(folder))
 
 
 def read_bundle(step_folder: str) -> dict:
@@ -126,7 +97,7 @@ def read_bundle(step_folder: str) -> dict:
       InputError: it is damaged, or written by another version.
     """
     with _damage_named(step_folder, "bundle"):
-        bundle = ocp.JsonCheckpointHandler().restore(_absolute(f"{step_folder}/bundle"))
+        bundle = ocp.JsonCheckpointHandler().restore(absolute(f"{step_folder}/bundle"))
     found = bundle.get("format") if isinstance(bundle, dict) else None
     if found != FORMAT:
         raise InputError(
@@ -145,7 +116,7 @@ def read_bundle(step_folder: str) -> dict:
 def abstract_params_in(step_folder: str) -> dict:
     """The parameters of a step folder as jax.ShapeDtypeStruct, nothing read but their shapes."""
     with _damage_named(step_folder, "params"):
-        stored = _arrays().metadata(_absolute(f"{step_folder}/params")).tree
+        stored = arrays().metadata(absolute(f"{step_folder}/params")).tree
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
 
 
@@ -181,11 +152,11 @@ def write_params(target: str, params: dict, bundle: dict) -> None:
     if storage.exists(target):
         raise InputError(f"{target}: exists; wanted a new folder")
     checkpointer = ocp.Checkpointer(
-        ocp.CompositeCheckpointHandler(params=_arrays(), bundle=ocp.JsonCheckpointHandler())
+        ocp.CompositeCheckpointHandler(params=arrays(), bundle=ocp.JsonCheckpointHandler())
     )
-    with storage.explained(target), contextlib.closing(checkpointer):
+    with failure_named(target), contextlib.closing(checkpointer):
         checkpointer.save(
-            _absolute(target),
+            absolute(target),
             args=ocp.args.Composite(
                 params=ocp.args.PyTreeSave(params), bundle=ocp.args.JsonSave(bundle)
             ),
@@ -194,13 +165,13 @@ def write_params(target: str, params: dict, bundle: dict) -> None:
 
 def _read(step_folder: str, item: str, abstract):
     with _damage_named(step_folder, item):
-        _check_arrays(_arrays().metadata(_absolute(f"{step_folder}/{item}")).tree, abstract)
+        _check_arrays(arrays().metadata(absolute(f"{step_folder}/{item}")).tree, abstract)
         restore = ocp.args.PyTreeRestore(
             abstract,
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             partial_restore=True,
         )
-        return _arrays().restore(_absolute(f"{step_folder}/{item}"), args=restore)
+        return arrays().restore(absolute(f"{step_folder}/{item}"), args=restore)
 
 
 def _check_arrays(stored, abstract) -> None:
@@ -221,13 +192,15 @@ def _name(path) -> str:
     return "/".join(jax.tree_util.keystr((key,)).strip("[].'") for key in path)
 
 
-def _arrays() -> ocp.PyTreeCheckpointHandler:
+def arrays() -> ocp.PyTreeCheckpointHandler:
+    """What reads and writes the items `params` and `opt_state`."""
     # Compression takes most of the time of a save and a second copy of the arrays in memory, and
     # weights hardly shrink: their mantissas are noise.
     return ocp.PyTreeCheckpointHandler(use_compression=False)
 
 
-def _absolute(path: str) -> epath.Path:
+def absolute(path: str) -> epath.Path:
+    """The path as Orbax wants it."""
     return epath.Path(path) if storage.is_bucket(path) else epath.Path(path).absolute()
 
 
@@ -237,12 +210,43 @@ def _damage_named(step_folder: str, item: str) -> Iterator[None]:
         with patient_loops():
             yield
     except Exception as error:
-        # Orbax hands on what tensorstore says of unreadable data as a bare Exception.
-        if type(error) is not Exception and not isinstance(error, (ValueError, KeyError, OSError)):
+        if not _is_of_storage(error):
             raise
-        reason = (str(error.__cause__ or error) or repr(error)).splitlines()[0]
-        reason = reason.partition(" [tensorstore_spec=")[0].rstrip(".")  # how it was opened
+        reason = _first_line(error.__cause__ or error)
         raise InputError(
             f"{step_folder}/{item}: cannot be restored: {reason}. Wanted a "
             "complete checkpoint of this model; move this folder away to use an older one."
         ) from error
+
+
+@contextlib.contextmanager
+def failure_named(target: str) -> Iterator[None]:
+    """Turns what goes wrong where `target` is written into an error that says so.
+
+    Raises:
+      InputError: it cannot be written.
+      UnavailableError: its bucket did not take it, but may later.
+    """
+    try:
+        with storage.explained(target):
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        if not _is_of_storage(error):
+            raise
+        number = re.search(r"\[os_error_code='([0-9]+)'\]", str(error))
+        reason = os.strerror(int(number[1])) if number else _first_line(error)
+        may_pass = storage.is_bucket(target) and not str(error).startswith(_REFUSALS)
+        kind = UnavailableError if may_pass else InputError
+        raise kind(f"{target}: cannot be written: {reason}") from error
+
+
+def _is_of_storage(error: Exception) -> bool:
+    # Orbax hands on what tensorstore says of its files as a bare Exception, too.
+    return type(error) is Exception or isinstance(error, (ValueError, KeyError, OSError))
+
+
+def _first_line(error: BaseException) -> str:
+    line = (str(error) or repr(error)).splitlines()[0]
+    return line.partition(" [tensorstore_spec=")[0].rstrip(".")  # how it was opened

@@ -10,7 +10,6 @@ import optax
 import pytest
 
 from easylm.checkpoint import (
-    Checkpointer,
     abstract_params_in,
     find_checkpoint,
     latest_step,
@@ -23,6 +22,7 @@ from easylm.checkpoint import (
 )
 from easylm.errors import InputError
 from easylm.models.llama.sharding import param_shardings
+from easylm.saving import Checkpointer
 from easylm.sharding import make_mesh
 from tests.tiny import hf_llama, native
 

@@ -9,7 +9,6 @@ import safetensors.numpy
 
 from easylm import storage
 from easylm.checkpoint import (
-    Checkpointer,
     find_checkpoint,
     latest_step,
     make_bundle,
@@ -18,6 +17,7 @@ from easylm.checkpoint import (
 )
 from easylm.convert import main
 from easylm.errors import InputError
+from easylm.saving import Checkpointer
 from tests import bucket
 from tests.converters import models
 

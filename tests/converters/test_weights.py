@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from easylm.chat import TULU
-from easylm.checkpoint import Checkpointer, make_bundle, write_params
+from easylm.checkpoint import make_bundle, write_params
 from easylm.converters.weights import open_weights
 from easylm.errors import InputError
 from easylm.models.llama.sharding import param_shardings
+from easylm.saving import Checkpointer
 from easylm.sharding import make_mesh
 from easylm.tokenizer import load_tokenizer, tokenizer_files
 from tests import tiny
