@@ -118,7 +118,8 @@ def describe_unknown(path: str) -> InputError:
             f"{path}: the kind is found by looking; give the path without {prefix}::, as {rest}"
         )
     if not storage.exists(path):
-        return InputError(f"{path}: no such file or folder; {_WANTED}")
+        hint = storage.missing_hint(path)
+        return InputError(f"{path}: no such file or folder{hint}; {_WANTED}")
     if storage.is_folder(path):
         return InputError(f"{path}: {_describe_folder(storage.list_files(path))}; {_WANTED}")
     if path.endswith((".safetensors", ".bin")):

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from easylm.errors import InputError, PreemptedError
+from easylm.errors import InputError, PreemptedError, UnavailableError
 
 COLUMNS = 80
 FAULT_CODE = 1
@@ -22,13 +22,14 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Calls `main` with the command line's arguments and leaves with its exit code.
 
     None counts as 0. An `InputError` prints one message on stderr and exits 2, a `PreemptedError`
-    its message and exits 75, a `FloatingPointError` (a loss that is not finite) its message and
-    exits 1. Without a word, Ctrl-C exits 130, and a reader of stdout that has left (`| head`) 141.
-    Any other exception is a fault of ours: Python prints its traceback, exit 1.
+    its message and exits 75, a `FloatingPointError` (a loss that is not finite) or an
+    `UnavailableError` its message and exits 1. Without a word, Ctrl-C exits 130, and a reader of
+    stdout that has left (`| head`) 141. Any other exception is a fault of ours: Python prints its
+    traceback, exit 1.
     """
     try:
         code = printed(main)
-    except (InputError, PreemptedError, FloatingPointError) as error:
+    except (InputError, PreemptedError, UnavailableError, FloatingPointError) as error:
         code, message = explained_exit(error)
         say(message)
     except KeyboardInterrupt:
@@ -48,7 +49,7 @@ def explained_exit(error: Exception) -> tuple[int, str | None]:
         return INPUT_ERROR_CODE, format_error(error)
     if isinstance(error, PreemptedError):
         return PREEMPTED_CODE, wrap_line(str(error))
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, (FloatingPointError, UnavailableError)):
         return FAULT_CODE, format_error(error)
     return FAULT_CODE, None
 

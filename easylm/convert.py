@@ -126,6 +126,7 @@ def check_target(source: str, target: str) -> None:
     parent = os.path.dirname(target)
     if not storage.is_bucket(target) and os.path.exists(parent) and not os.path.isdir(parent):
         raise InputError(f"--target: {target}: {parent} is a file; wanted a folder to write in")
+    storage.check_writable(target)
 
 
 def _place(path: str) -> str:

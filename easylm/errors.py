@@ -14,3 +14,10 @@ class PreemptedError(Exception):
 
     A command prints the message and exits with code 75.
     """
+
+
+class UnavailableError(Exception):
+    """A bucket did not answer, however often it was asked; it may later.
+
+    A command prints the message and exits with code 1: the same command goes on from what is saved.
+    """

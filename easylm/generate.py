@@ -212,6 +212,7 @@ def check_options(arguments: argparse.Namespace) -> None:
             f"--output: {partial} exists, the answers of a run that did not finish; wanted it "
             "moved away, or another name"
         )
+    storage.check_writable(os.path.dirname(output))
 
 
 def open_tokenizer(arguments: argparse.Namespace, weights: Weights) -> PreTrainedTokenizerFast:

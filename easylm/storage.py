@@ -6,11 +6,11 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from easylm.errors import InputError
+from easylm.errors import InputError, UnavailableError
 
 if TYPE_CHECKING:
     import fsspec
@@ -22,6 +22,7 @@ REQUEST_BYTES = 32 << 20
 CONCURRENT_REQUESTS = 8
 # Objects are uploaded in blocks of this size.
 UPLOAD_BYTES = 32 << 20
+_MISSING = "; check the spelling, and that your credentials may see the bucket"
 
 
 def is_bucket(path: str) -> bool:
@@ -37,12 +38,20 @@ def exists(path: str) -> bool:
         return _bucket().exists(path)
 
 
+def missing_hint(path: str) -> str:
+    """Why what is looked for in a bucket may not be found, to go on a message with."""
+    return _MISSING if is_bucket(path) else ""
+
+
 def is_folder(path: str) -> bool:
     """Whether `path` is a folder; in a bucket, whether objects lie below it."""
     if not is_bucket(path):
         return os.path.isdir(os.path.expanduser(path))
     with explained(path):
-        return _bucket().isdir(path)
+        try:  # not by `isdir`, which takes a refusal for a no
+            return _bucket().info(path)["type"] == "directory"
+        except FileNotFoundError:
+            return False
 
 
 def file_size(path: str) -> int:
@@ -100,8 +109,6 @@ def read_bytes(path: str) -> bytes:
 
 def read_range(path: str, start: int, end: int) -> bytes:
     """Bytes `[start, end)` of a file, with one request where it lies in a bucket.
-
-    gcsfs repeats a request, with growing pauses, on 429, 5xx and broken connections.
 
     Raises:
       InputError: the file cannot be read, or ends before `end`.
@@ -164,8 +171,13 @@ def _cut(path: str, found: int, wanted: int) -> InputError:
 
 def copy_to_disk(path: str, local: str) -> None:
     """Copies a file of a bucket to the local file `local`."""
-    with explained(path):
-        _bucket().get_file(path, local)
+    size = file_size(path)
+    window = REQUEST_BYTES * CONCURRENT_REQUESTS
+    with explained(local), open(local, "wb") as file:
+        for start in range(0, size, window):
+            block = np.empty(min(window, size - start), np.uint8)
+            read_into(path, start, block)
+            file.write(block.data)
 
 
 def checksum(path: str) -> str:
@@ -188,20 +200,73 @@ def open_to_read(path: str) -> BinaryIO:
 
 
 def open_to_write(path: str) -> BinaryIO:
-    """Opens a new file for bytes; one in a bucket appears when it is closed.
+    """Opens a new file for bytes; one in a bucket appears whole, when it is closed.
 
-    Wrap what writes to it in `explained`: a full disk or a refusing bucket shows only then.
+    It does not appear where the `with` block of the file raises, or it is never closed. Wrap what
+    writes to it in `explained`: a full disk or a refusing bucket shows only then.
     """
     with explained(path):
         if is_bucket(path):
-            return _bucket().open(path, "wb", block_size=UPLOAD_BYTES)
+            return _Upload(_bucket().open(path, "wb", block_size=UPLOAD_BYTES))
         return open(os.path.expanduser(path), "wb")
 
 
+class _Upload:
+    """An object that is being written.
+
+    The file of gcsfs, left to itself, makes an object of what it has got when it is forgotten or
+    an error leaves its block.
+    """
+
+    def __init__(self, file: Any):
+        self._file = file
+
+    def write(self, data: Any) -> int:
+        return self._file.write(data)
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+        finally:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self._file.closed = True  # Google forgets what has come of an upload after a week
+
+    def __enter__(self) -> "_Upload":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._give_up()
+
+    def __del__(self):
+        self._give_up()
+
+
 def write_bytes(path: str, data: bytes) -> None:
-    """Writes a small file."""
+    """Writes a small file; in a bucket, with one request: it is there whole or as it was."""
+    if is_bucket(path):
+        with explained(path):
+            _bucket().pipe_file(path, data)
+        return
     with explained(path), open_to_write(path) as file:
         file.write(data)
+
+
+def check_writable(folder: str) -> None:
+    """Writes and deletes an object below `folder`, if that is in a bucket: before the long work.
+
+    Raises:
+      InputError: the bucket is missing or refuses.
+    """
+    if is_bucket(folder):
+        probe = f"{folder.rstrip('/')}/.writable-{secrets.token_hex(4)}"
+        write_bytes(probe, b"")
+        with explained(folder):
+            _bucket().rm_file(probe)
 
 
 @contextlib.contextmanager
@@ -234,8 +299,10 @@ def _write_in_place(target: str) -> Iterator[str]:
         yield target
         write_bytes(f"{target}/{COMPLETE}", b"")
     except BaseException:
-        if _bucket().exists(target):
-            _bucket().rm(target, recursive=True)
+        # What the bucket does not let go lacks COMPLETE; the first error says more than the second.
+        with contextlib.suppress(InputError, UnavailableError):
+            if exists(target):
+                remove_folder(target)
         raise
 
 
@@ -256,8 +323,10 @@ def _write_and_rename(target: str) -> Iterator[str]:
 
 
 def _bucket() -> "fsspec.AbstractFileSystem":
-    # Only a path in a bucket needs to wait for the import.
+    # Only a path in a bucket needs to wait for these imports.
     import fsspec
+
+    import easylm.bucket  # noqa: F401  (fsspec takes gs:// from there)
 
     # Listings are not cached: another process, or Orbax, may have written since.
     return fsspec.filesystem("gs", use_listings_cache=False)
@@ -288,7 +357,8 @@ def explained(path: str) -> Iterator[None]:
                 raise
             raise InputError(f"{path}: {_LOCAL_CAUSES[error.errno]}") from error
         return
-    # Both come with gcsfs, and only a path in a bucket needs to wait for their import.
+    # They come with gcsfs, and only a path in a bucket needs to wait for their import.
+    from aiohttp import ClientError
     from gcsfs.retry import HttpError
     from google.auth.exceptions import GoogleAuthError
 
@@ -297,21 +367,27 @@ def explained(path: str) -> Iterator[None]:
     except InputError:
         raise
     except FileNotFoundError as error:
-        raise InputError(
-            f"{path}: no such object or bucket; check the spelling, and that your credentials may "
-            "see the bucket"
-        ) from error
-    except (OSError, ValueError, HttpError, GoogleAuthError) as error:
+        raise InputError(f"{path}: no such object or bucket{_MISSING}") from error
+    except (OSError, ValueError, HttpError, ClientError, GoogleAuthError) as error:
         # gcsfs raises ValueError for a request that the bucket calls malformed.
         if isinstance(error, ValueError) and not str(error).startswith(("Bad Req", "Bucket is")):
             raise
-        raise InputError(
-            f"{path}: the bucket refused or did not answer ({_first_line(error)}); usual causes: "
-            "no credentials (`gcloud auth application-default login`), a service account without "
-            "Storage access, a bucket or region this machine may not reach, a misspelled name"
-        ) from error
+        raise _explanation(path, error) from error
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _explanation(path: str, error: Exception) -> InputError | UnavailableError:
+    """What to say of an error that gcsfs raised."""
+    from easylm.bucket import PATIENCE_SECONDS, describe, is_refusal, may_pass
+
+    if may_pass(error) and not is_refusal(error):
+        return UnavailableError(
+            f"{path}: the bucket did not answer as it should for {PATIENCE_SECONDS / 60:.0f} "
+            f"minutes (last: {describe(error)}). Usual causes: the network, an outage, a region "
+            "this machine may not reach. The same command goes on from what is saved"
+        )
+    return InputError(
+        f"{path}: the bucket refused ({describe(error)}); usual causes: no credentials (`gcloud "
+        "auth application-default login`), a service account without the role Storage Object "
+        "Admin on this bucket, a misspelled name that is another's, a bucket or region this "
+        "machine may not reach"
+    )

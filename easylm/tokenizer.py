@@ -312,8 +312,8 @@ def _read_files(path: str) -> dict[str, bytes] | None:
         return {name: storage.read_bytes(path)}
     if not _HUB_NAME.fullmatch(path) or path.startswith("."):
         raise InputError(
-            f"{path}: no such folder or file; wanted a folder with tokenizer.json or "
-            f"tokenizer.model, or a name on the Hugging Face hub"
+            f"{path}: no such folder or file{storage.missing_hint(path)}; wanted a folder with "
+            "tokenizer.json or tokenizer.model, or a name on the Hugging Face hub"
         )
     return None
 

@@ -42,8 +42,9 @@ def holds_same_run(config, workdir: str) -> bool:
       workdir: without a slash at its end.
     Raises:
       InputError: the workdir is a file, holds a run of another config, or the model of a run that
-        is gone; with the fields that differ.
+        is gone; with the fields that differ. Or a bucket refuses it.
     """
+    storage.check_writable(workdir)
     if not has_checkpoints(workdir):
         if storage.exists(f"{workdir}/hf"):
             raise InputError(

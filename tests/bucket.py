@@ -1,14 +1,29 @@
-"""A bucket for tests: gcp-storage-emulator in memory, behind the URL that gcsfs is told."""
+"""A bucket for tests: gcp-storage-emulator in memory, behind the URL that gcsfs is told.
+
+What the emulator lacks and tensorstore relies on is added: generations of objects, and conditions
+on them. Without, two of Orbax's writes to one object now and then fail with "Malformed
+StorageGeneration".
+"""
 
 import contextlib
+import functools
+import http.server
 import os
+import re
 import socket
-from collections.abc import Iterator
+import threading
+import urllib.parse
+from collections.abc import Callable, Iterator
 
 import fsspec
-from gcp_storage_emulator.server import create_server
+from gcp_storage_emulator.exceptions import NotFound
+from gcp_storage_emulator.handlers.buckets import create_bucket
+from gcp_storage_emulator.server import RequestHandler
+from gcp_storage_emulator.storage import Storage
 
 BUCKET = "tests"
+# Of https://cloud.google.com/storage/docs/request-preconditions: what is answered unless it holds.
+_CONDITIONS = {"ifGenerationMatch": 412, "ifGenerationNotMatch": 304}
 
 
 def free_port() -> int:
@@ -51,11 +66,57 @@ def _forget_connections() -> None:
 @contextlib.contextmanager
 def running_bucket() -> Iterator[str]:
     """Starts the emulator and yields `gs://tests`, empty."""
-    port = free_port()
-    server = create_server("localhost", port, in_memory=True, default_bucket=BUCKET)
-    server.start()
-    try:
-        with environment(port):
+    storage = Storage(use_memory_fs=True)
+    create_bucket(BUCKET, storage)
+    handler = functools.partial(_Handler, storage)
+    with http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with environment(server.server_port):
             yield f"gs://{BUCKET}"
-    finally:
-        server.stop()
+        server.shutdown()
+
+
+class _Handler(RequestHandler):
+    """One request at a time: the emulator's answer, if the conditions on the generation hold."""
+
+    _turn = threading.Lock()
+
+    def do_GET(self):
+        self._answer(super().do_GET)
+
+    def do_POST(self):
+        self._answer(super().do_POST)
+
+    def do_DELETE(self):
+        self._answer(super().do_DELETE)
+
+    def _answer(self, answer: Callable[[], None]) -> None:
+        with self._turn:
+            url = urllib.parse.urlparse(self.path)
+            query = dict(urllib.parse.parse_qsl(url.query))
+            self._generation = self._find_generation(url.path, query)
+            for name, status in _CONDITIONS.items():
+                matches = query.get(name) == (self._generation or "0")
+                if name in query and matches != (name == "ifGenerationMatch"):
+                    self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                    self.send_response(status)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+            answer()
+
+    def _find_generation(self, path: str, query: dict[str, str]) -> str | None:
+        """Of the object that is asked for, if there is one."""
+        place = re.fullmatch(r"(?:/upload|/download)?(?:/storage/v1)?/b/([^/]+)/o(?:/(.+))?", path)
+        if not place:
+            return None
+        name = urllib.parse.unquote(place[2] or "") or query.get("name", "")
+        try:
+            return self.storage.get_file_obj(place[1], name)["generation"]
+        except NotFound:
+            return None
+
+    def end_headers(self):
+        if self.command == "GET" and self._generation:
+            self.send_header("x-goog-generation", self._generation)
+        super().end_headers()

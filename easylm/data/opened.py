@@ -79,7 +79,8 @@ def _missing(path: str) -> InputError:
     folder, _, name = path.rpartition("/")
     folder = folder or ("/" if path.startswith("/") else ".")
     if not storage.is_folder(folder):
-        return InputError(f"{path}: no such file; nor is there a folder {folder}; {_WANTED}")
+        hint = storage.missing_hint(path)
+        return InputError(f"{path}: no such file; nor is there a folder {folder}{hint}; {_WANTED}")
     names = [*storage.list_files(folder), *storage.list_folders(folder)]
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"its folder holds {_some(names)}."

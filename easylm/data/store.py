@@ -77,6 +77,7 @@ def open_or_make(
         if remote and _is_whole(remote):
             _download(remote, folder, progress)
         else:
+            storage.check_writable(remote or folder)
             _make(folder, fill)
             reused = False
     stored = _open(folder, reused)
