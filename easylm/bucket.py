@@ -38,7 +38,8 @@ class PatientBucket(GCSFileSystem):
     """gcsfs, which repeats what may succeed later until PATIENCE_SECONDS are over."""
 
     def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
+        # No listing is kept: other processes write, and tensorstore in this one.
+        super().__init__(*args, **{**options, "use_listings_cache": False})
         self.requests_timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS
         )

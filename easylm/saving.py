@@ -15,11 +15,10 @@ from easylm.checkpoint import absolute, arrays, failure_named, steps
 from easylm.command import say
 from easylm.errors import InputError, UnavailableError
 from easylm.patience import patient_loops
+from easylm.workdir import COMPLETE
 
-# As Orbax names them: the end of a folder's name on a disk until it is complete, and the object in
-# a bucket that says that it is.
+# How the name ends of a folder on a disk until it is complete, as Orbax has it.
 UNFINISHED = ".orbax-checkpoint-tmp"
-COMPLETE = "commit_success.txt"
 SAID_AFTER_SECONDS = 2
 
 

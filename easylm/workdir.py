@@ -7,6 +7,7 @@ from easylm import storage
 from easylm.config import difference, read_json, to_config_dict
 from easylm.errors import InputError
 
+COMPLETE = "commit_success.txt"  # as Orbax marks a checkpoint in a bucket
 # What may change between two starts of one run: where and in what pieces it computes, where its
 # data lies (its content is compared by itself) and what it shows and leaves behind.
 FREE_FIELDS = (
@@ -79,7 +80,7 @@ def _filled(defaults: dict, values: dict) -> dict:
 
 
 def has_checkpoints(workdir: str) -> bool:
-    """Whether a run has left checkpoints.
+    """Whether a run has left complete checkpoints.
 
     Raises:
       InputError: the workdir is a file.
@@ -90,4 +91,10 @@ def has_checkpoints(workdir: str) -> bool:
     if place and storage.exists(place) and not storage.is_folder(place):
         raise InputError(f"--workdir: {place} is a file; wanted a folder, or a new name for one")
     folder = f"{workdir}/checkpoints"
-    return storage.is_folder(folder) and any(map(str.isdigit, storage.list_folders(folder)))
+    names = storage.list_folders(folder) if storage.is_folder(folder) else []
+    # On a disk it has its name when it is complete.
+    return any(
+        name.isdigit()
+        and (not storage.is_bucket(folder) or storage.exists(f"{folder}/{name}/{COMPLETE}"))
+        for name in names
+    )

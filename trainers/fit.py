@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from easylm import hosts, storage
-from easylm.checkpoint import Checkpointer, latest_step, read_bundle, read_state
+from easylm.checkpoint import latest_step, read_bundle, read_state
 from easylm.command import say
 from easylm.config import write_json
 from easylm.data.batches import BatchStream
@@ -85,14 +85,13 @@ def fit(
         _check_same_data(read_bundle(step_folder), bundle, objective.noun, workdir)
     state = _start(program, step_folder, last_step, load_params)
     # What the run starts from is good: only now does it leave a trace.
-    checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
     _leave_config(config, workdir)
-    saver = Saver(config, checkpointer, export, bundle)
+    saver = Saver(config, workdir, export, bundle)
     saver.export(last_step, state.params)  # it may have been cut off
     if last_step >= len(stream):
-        checkpointer.close()
+        saver.close()
         return state.params
-    with closing(checkpointer):
+    with closing(saver):
         state = _train(
             config, program, state, model, objective, stream, eval_stream, saver, workdir
         )

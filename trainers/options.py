@@ -282,9 +282,15 @@ class CheckpointConfig:
 
     every: int = option(500, "Steps between checkpoints; the last step is always saved.")
     keep: int = option(2, "Newest checkpoints kept.")
+    grace_seconds: float = option(
+        30.0,
+        "Time between being told to stop and the end of the machine, 30 for spot TPUs; a run whose "
+        "saves take longer says so.",
+    )
 
     def __post_init__(self):
         at_least(self, 1, "every", "keep")
+        at_least(self, 0, "grace_seconds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
