@@ -116,6 +116,7 @@ def _train(
     say(overview(config, model, program.mesh, objective, stream, memory, last_step))
     expected = None if memory is None else compiled_bytes(memory)
     reporter = _reporter(config, workdir, model, program, stream, last_step, expected)
+    saver.tell = reporter.note
     profile = Profile(
         config.profile,
         workdir,

@@ -16,6 +16,9 @@ class Saver:
       workdir: of the run.
       export: (step, parameters) writes the model; does nothing if it is there already.
       bundle: what makes a checkpoint self-contained; see easylm/checkpoint.py.
+
+    Attributes:
+      tell: says something to people, from another thread; where there is a progress bar, above it.
     """
 
     def __init__(
@@ -29,6 +32,7 @@ class Saver:
         self._export, self._bundle = export, bundle
         self._checkpointer = Checkpointer(workdir, keep=self._options.keep, saved=self._saved)
         self._has_saved = False
+        self.tell: Callable[[str], None] = lambda text: say(wrap_line(text))
 
     def due(self, step: int) -> bool:
         """Whether to save after `step`: an export has its checkpoint too.
@@ -63,19 +67,17 @@ class Saver:
         if self._has_saved:
             return
         self._has_saved = True
-        say(
+        self.tell(
             f"saved step {saved.step}: {saved.bytes / 1e9:,.3g} GB in {saved.seconds:,.1f} s; "
             f"training waited for {saved.waited:,.1f} s of them"
         )
         grace = self._options.grace_seconds
         if saved.seconds > grace:
-            say(
-                wrap_line(
-                    f"warning: that is longer than the {grace:g} s that a run may have between "
-                    "being told to stop and its end (checkpoint.grace_seconds): then it may go on "
-                    "from the last of its regular checkpoints, up to "
-                    f"{self._options.every:,} steps (checkpoint.every) back"
-                )
+            self.tell(
+                f"warning: that is longer than the {grace:g} s that a run may have between being "
+                "told to stop and its end (checkpoint.grace_seconds): then it may go on from the "
+                "last of its regular checkpoints, up to "
+                f"{self._options.every:,} steps (checkpoint.every) back"
             )
 
     def _exports(self, step: int) -> bool:
