@@ -73,7 +73,7 @@ def process_memory() -> Memory | None:
     # Lines such as "VmHWM:   123 kB".
     sizes = dict(line.split(":", 1) for line in status.read_text().splitlines())
     used, peak = (int(sizes[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-    return Memory(used, peak, None, "in the whole process (CPU devices do not tell theirs)")
+    return Memory(used, peak, None, "in the whole process")
 
 
 def compiled_bytes(memory) -> int:
