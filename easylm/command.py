@@ -31,7 +31,7 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         code = printed(main)
     except (InputError, PreemptedError, UnavailableError, FloatingPointError) as error:
         code, message = explained_exit(error)
-        say(message)
+        say(wrap(message))
     except KeyboardInterrupt:
         code = INTERRUPTED_CODE
     except BrokenPipeError:
@@ -46,11 +46,11 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
 def explained_exit(error: Exception) -> tuple[int, str | None]:
     """(exit code, message) of an error that explains itself; no message where it is our fault."""
     if isinstance(error, InputError):
-        return INPUT_ERROR_CODE, format_error(error)
+        return INPUT_ERROR_CODE, f"error: {error}"
     if isinstance(error, PreemptedError):
-        return PREEMPTED_CODE, wrap_line(str(error))
+        return PREEMPTED_CODE, str(error)
     if isinstance(error, (FloatingPointError, UnavailableError)):
-        return FAULT_CODE, format_error(error)
+        return FAULT_CODE, f"error: {error}"
     return FAULT_CODE, None
 
 
@@ -77,11 +77,16 @@ def say(text: str) -> None:
 
 
 def format_error(error: Exception) -> str:
-    """The message behind "error: ", wrapped at 80 columns; its own line breaks are kept.
+    """What people see of an error that explains itself."""
+    return wrap(f"error: {error}")
+
+
+def wrap(text: str) -> str:
+    """A message wrapped at 80 columns; its own line breaks are kept.
 
     Only spaces are broken at, so a path or an option can be copied whole from the terminal.
     """
-    return "\n".join(wrap_line(line) for line in f"error: {error}".splitlines())
+    return "\n".join(map(wrap_line, text.splitlines()))
 
 
 def wrap_line(line: str) -> str:

@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from easylm.command import FAULT_CODE, explained_exit, printed, run_command, say, wrap_line
+from easylm.command import FAULT_CODE, explained_exit, printed, run_command, say, wrap
 from easylm.errors import PreemptedError
 from easylm.hosts.flags import may_have_others
 from easylm.hosts.link import parent
@@ -13,7 +13,7 @@ from easylm.hosts.supervise import supervise
 
 # What may be the consequence of another host's loss waits so long for news of that, in seconds. An
 # error that explains itself hardly is one.
-_GRACE, _GRACE_EXPLAINED = 5.0, 1.0
+_GRACE, _GRACE_EXPLAINED = 3.0, 0.5
 
 
 def run_on_hosts(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
@@ -26,8 +26,8 @@ def run_on_hosts(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     if not may_have_others(sys.argv[1:]):
         run_command(main)
     verdict = supervise([sys.executable, *sys.orig_argv[1:]])
-    for line in verdict.message.splitlines():
-        say(line if line.startswith(" ") else wrap_line(line))
+    if verdict.message:
+        say(wrap(verdict.message))
     sys.exit(verdict.code)
 
 
@@ -41,6 +41,6 @@ def _run_child(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
             parent.fail(traceback.format_exc().rstrip(), FAULT_CODE, grace=_GRACE)
         if not isinstance(error, PreemptedError):
             parent.fail(message, code, grace=_GRACE_EXPLAINED)
-        say(message)
+        say(wrap(message))
     parent.tell(ended=code)
     sys.exit(code)

@@ -74,13 +74,16 @@ class Hub:
         self.address = f"{_own_address()}:{self._listener.getsockname()[1]}:{self._token}"
         self._events: queue.Queue[_Event] = queue.Queue()
         self._hosts: list[Host] = []
+        self._expected = threading.Event()
         self._suspected: list[tuple[float, Verdict]] = []
+        self._verdict: Verdict | None = None
         self._open = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
     def expect(self, count: int) -> None:
         """Says how many hosts there are, and begins to watch them."""
         self._hosts = [Host("", time.monotonic()) for _ in range(count)]
+        self._expected.set()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def farewell(self) -> None:
@@ -99,7 +102,8 @@ class Hub:
             verdict = verdict or self._judge()
             if time.monotonic() - beat > HEARTBEAT_SECONDS:
                 beat = time.monotonic()
-                self._tell(steps={index: host.step for index, host in enumerate(self._hosts)})
+                self._tell(steps=self._steps())
+        self._verdict = verdict
         self._tell(verdict=verdict.message, code=verdict.code)
 
     def _hear(self, index: int, message: dict | None) -> Verdict | None:
@@ -135,6 +139,9 @@ class Hub:
         name = self._hosts[index].name
         return f"host {index} of {len(self._hosts)}" + (f" ({name})" if name else "")
 
+    def _steps(self) -> dict[int, int]:
+        return {index: host.step for index, host in enumerate(self._hosts)}
+
     def _tell(self, **message) -> None:
         for host in self._hosts:
             if host.wire is not None:
@@ -152,9 +159,13 @@ class Hub:
         if hello.get("token") != self._token:
             wire.close()
             return
+        self._expected.wait()  # another may be quicker than this host's own child
         host = self._hosts[hello["host"]]
         self._open += 1
         host.name, host.wire = hello["name"], wire
+        wire.send(steps=self._steps())
+        if self._verdict is not None:  # it comes too late to hear it with the others
+            wire.send(verdict=self._verdict.message, code=self._verdict.code)
         for message in messages:
             self._events.put(_Event(hello["host"], message))
         self._open -= 1
@@ -163,9 +174,9 @@ class Hub:
 
 def lost_message(described: str, step: int, why: str) -> str:
     """What people are told of a lost host; `step` is the last it finished, 0 for none."""
-    when = f"after step {step}" if step else "before its first step"
+    when = f"last heard of at step {step}" if step else "before its first step"
     return (
-        f"{described} was lost {when}: {why}. All hosts stop; the same command on each goes on "
+        f"{described} was lost, {when}: {why}. All hosts stop; the same command on each goes on "
         "from the newest checkpoint"
     )
 

@@ -30,7 +30,7 @@ from easylm.hosts.wire import Wire
 
 _CONNECT_SECONDS = 30
 # An end without a reason may be the consequence of another host's; seconds to hear of that.
-_GRACE = 5.0
+_GRACE = 3.0
 
 
 class _Event(NamedTuple):
@@ -48,19 +48,20 @@ def supervise(command: Sequence[str]) -> Verdict:
     Returns:
       How it ended; the code is never None.
     """
-    supervisor = _Supervisor(command)
-    try:
-        with supervisor.signals_noted():
+    supervisor = _Supervisor()
+    with supervisor.signals_noted():
+        supervisor.start(command)
+        try:
             return supervisor.watch()
-    finally:
-        supervisor.leave()
+        finally:
+            supervisor.leave()
 
 
 class _Supervisor:
     """One child, and the line to the first host's parent, where all meet."""
 
-    def __init__(self, command: Sequence[str]):
-        self._events: queue.Queue[_Event] = queue.Queue()
+    def __init__(self):
+        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()  # signals may put, too
         self._hub = Hub()  # of use on the first host
         self._line: Wire | None = None  # until the hosts have found each other
         self._heard = 0.0  # when the hub last said something
@@ -68,6 +69,9 @@ class _Supervisor:
         self._step = self._first_step = 0  # last finished steps: this host's, the first one's
         self._result: int | None = None  # exit code that the child means to have
         self._signals = 0
+
+    def start(self, command: Sequence[str]) -> None:
+        """Starts the child."""
         ours, theirs = socket.socketpair()
         # Ctrl-C reaches every process of a terminal: this one hears it, and tells the child.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -155,13 +159,15 @@ class _Supervisor:
         if code >= 0:
             message = f"the process ended with exit code {code}, without a word"
             return self._report(failed=message, code=code or FAULT_CODE, grace=_GRACE)
-        message = f"lost after step {self._step}: its process was ended by "
-        message += signal.Signals(-code).name
+        message = f"the process was ended by {signal.Signals(-code).name} after step {self._step}"
         if code == -signal.SIGKILL:
-            message += ", often because memory ran out"
-        # When the first host's process is killed, jax aborts all others: those are consequences.
-        grace = 0 if code == -signal.SIGKILL else _GRACE
-        return self._report(failed=message, code=HOST_LOST_CODE, grace=grace)
+            message = f"lost: {message}, often because memory ran out"
+            return self._report(failed=message, code=HOST_LOST_CODE, grace=0)
+        # When the first host's process is killed, jax aborts all others.
+        lost = code == -signal.SIGABRT
+        return self._report(
+            failed=message, code=HOST_LOST_CODE if lost else FAULT_CODE, grace=_GRACE
+        )
 
     def _report(self, **message) -> Verdict | None:
         """Tells the hub what became of this host; without one, that is how it ends."""

@@ -27,8 +27,8 @@ class Wire:
         return False
 
     def __iter__(self) -> Iterator[dict]:
-        """What the other end says, until it is gone."""
-        with contextlib.suppress(OSError), self._connection.makefile("r", encoding="utf-8") as file:
+        """What the other end says, until it is gone, or says something else."""
+        with contextlib.suppress(OSError, ValueError), self._connection.makefile("r", encoding="utf-8") as file:
             for line in file:
                 if line.endswith("\n"):  # else it was cut off
                     yield json.loads(line)
