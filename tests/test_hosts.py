@@ -24,14 +24,25 @@ from easylm.hosts.flags import parse_place
 CHILD = """
 import json, os, pathlib, signal, sys, time
 from easylm.errors import InputError, PreemptedError
+from easylm.hosts import supervise
 from easylm.hosts.command import run_on_hosts
 from easylm.hosts.link import parent
+
+supervise.JOIN_SECONDS = 1 if "miss" in sys.argv or "be alone" in sys.argv else 300
 
 def main(argv):
     _, index, count, act = argv
     index, count, meeting = int(index), int(count), pathlib.Path(os.environ["MEETING"])
     if act == "refuse before joining":
         raise InputError("config.seed: found 'x'; wanted a number")
+    if act == "miss":
+        parent.tell(joining="localhost:1, 2 hosts in all")
+        time.sleep(100)
+    if act == "be alone":
+        parent.tell(joining="the first host of this slice")
+        parent.tell(alone=True)
+        time.sleep(2)
+        return
     if index == 0:
         meeting.with_suffix(".tmp").write_text(parent.hub())
         meeting.with_suffix(".tmp").rename(meeting)
@@ -117,6 +128,17 @@ def test_hosts_that_do_their_part_end_well_and_know_each_others_steps(tmp_path):
     assert Hosts(tmp_path, *["work"] * 3).ends() == [(0, "")] * 3
     for index in range(3):
         assert set(json.loads((tmp_path / f"steps{index}").read_text())) == {"0", "1", "2"}
+
+
+def test_hosts_that_others_wait_for_in_vain_are_asked_for(tmp_path):
+    ((code, printed),) = Hosts(tmp_path, "miss").ends()
+    assert code == 76
+    assert "some hosts did not come to localhost:1, 2 hosts in all, within 1 s" in printed
+
+
+def test_without_others_nobody_is_waited_for(tmp_path):
+    ((code, printed),) = Hosts(tmp_path, "be alone").ends()
+    assert (code, printed) == (0, "meeting the other hosts at the first host of this slice")
 
 
 def test_alone_it_ends_as_its_child(tmp_path):

@@ -10,7 +10,7 @@ Expect: 5,731 steps (3 epochs of 32 pairs a step), more or less by whole rows.
 Differs from the paper's run in what tulu2_7b.py lists.
 Verified: the step compiles for this pod with the TPU's own compiler (python -m easylm.plan). It
 takes 7.1 of the 15.5 GiB of a device, and the run at least 2.6 hours, an estimate, after the pass
-of the reference. It has not been trained on a pod, and runs over several hosts are not there yet.
+of the reference. It has not been trained on a pod.
 """
 
 from easylm.configs.dpo import tulu2_7b

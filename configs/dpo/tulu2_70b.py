@@ -12,7 +12,7 @@ remat=block_sharded splits what a block leaves for the backward pass over `tenso
 Verified: the step compiles for this pod with the TPU's own compiler (python -m easylm.plan). It
 takes 4.8 of the 15.5 GiB of a device, and the run at least 2.0 hours, an estimate, after the pass
 of the reference. It fits a v3-128 too, with --config.mesh=1,4,32: at least 3.6 hours. It has not
-been trained on a pod, and runs over several hosts are not there yet.
+been trained on a pod.
 """
 
 from easylm.configs.dpo import tulu2_7b

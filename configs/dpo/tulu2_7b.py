@@ -29,7 +29,7 @@ Verified: the step compiles for this pod with the TPU's own compiler (python -m 
 takes 9.8 of the 15.5 GiB of a device, and the run at least 1.1 hours, an estimate, after the pass
 of the reference. The paper's v3-256 with --config.mesh=1,8,32 --config.remat=block_sharded, half of
 it idle: at least 0.5 hours. A v3-8 with --config.micro_batches=4 --config.remat=block_sharded: at
-least 5.5 hours. It has not been trained on a pod, and runs over several hosts are not there yet.
+least 5.5 hours. It has not been trained on a pod.
 """
 
 from easylm.config import to_config_dict

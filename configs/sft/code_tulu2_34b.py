@@ -14,7 +14,7 @@ splits what a block leaves for the backward pass over `tensor`.
 Verified: the step compiles for this pod with the TPU's own compiler (python -m easylm.plan). It
 takes 3.8 of the 15.5 GiB of a device, and the run at least 6.1 hours, an estimate. It fits a v3-64
 too, with --config.mesh=1,4,16 --config.micro_batches=5: at least 16 hours. It has not been trained
-on a pod, and runs over several hosts are not there yet.
+on a pod.
 """
 
 from easylm.configs.sft import tulu2_7b

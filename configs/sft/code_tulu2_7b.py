@@ -11,8 +11,7 @@ Differs from the paper's run in what tulu2_7b.py lists, and in RoPE's base: 1e6,
 weights say. EasyLM's Code Llama of that time had no setting for it, so it seems to have run at 1e4.
 Verified: the step compiles for this pod with the TPU's own compiler (python -m easylm.plan). It
 takes 6.9 of the 15.5 GiB of a device, and the run at least 1.0 hours, an estimate. Smaller slices
-are those of tulu2_7b.py. It has not been trained on a pod, and runs over several hosts are not
-there yet.
+are those of tulu2_7b.py. It has not been trained on a pod.
 """
 
 from easylm.configs.sft import tulu2_7b

@@ -10,7 +10,7 @@ Overrides for the token-weighted loss and the exported template's newline: see t
 Differs from the paper's run in what tulu1_7b.py lists.
 Verified: the step compiles for this pod with the TPU's own compiler (python -m easylm.plan). It
 takes 9.2 of the 15.5 GiB of a device, and the run at least 2.1 hours, an estimate. It has not been
-trained on a pod, and runs over several hosts are not there yet.
+trained on a pod.
 """
 
 from easylm.configs.sft import tulu1_7b

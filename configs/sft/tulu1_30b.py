@@ -14,7 +14,7 @@ Differs from the paper's run in what tulu1_7b.py lists; here 128 examples fill s
 rows, which 32 row groups take in three parts of one row each.
 Verified: the step compiles for this pod with the TPU's own compiler (python -m easylm.plan). It
 takes 8.0 of the 15.5 GiB of a device, and the run at least 5.3 hours, an estimate. It has not been
-trained on a pod, and runs over several hosts are not there yet.
+trained on a pod.
 """
 
 from easylm.configs.sft import tulu1_7b

@@ -13,8 +13,7 @@ Differs from the paper's run in what tulu1_7b.py lists; here 128 examples fill s
 rows, and the mesh takes 80.
 Verified: the step compiles for this pod with the TPU's own compiler (python -m easylm.plan). It
 takes 4.8 of the 15.5 GiB of a device, and the run at least 5.5 hours, an estimate. It fits a v3-128
-too, with --config.micro_batches=3: at least 9.9 hours. It has not been trained on a pod, and runs
-over several hosts are not there yet.
+too, with --config.micro_batches=3: at least 9.9 hours. It has not been trained on a pod.
 """
 
 from easylm.configs.sft import tulu1_7b

@@ -24,7 +24,7 @@ Differs from the paper's run:
 Verified: the step compiles for this pod with the TPU's own compiler (python -m easylm.plan). It
 takes 5.7 of the 15.5 GiB of a device, and the run at least 1.1 hours, an estimate. It fits a v3-8
 too, with --config.micro_batches=45 --config.remat=block_sharded: at least 21 hours. It has not been
-trained on a pod, and runs over several hosts are not there yet.
+trained on a pod.
 """
 
 from easylm.config import to_config_dict

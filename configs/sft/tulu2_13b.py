@@ -11,8 +11,7 @@ Differs from the paper's run in what tulu2_7b.py lists, rms_norm_eps included.
 Verified: the step compiles for this pod with the TPU's own compiler (python -m easylm.plan). It
 takes 11.0 of the 15.5 GiB of a device, and the run at least 1.9 hours, an estimate. The pod is 6.3
 times as fast as its eighth, a v3-32, which it fits with --config.micro_batches=5
---config.remat=block_sharded: at least 12 hours. It has not been trained on a pod, and runs over
-several hosts are not there yet.
+--config.remat=block_sharded: at least 12 hours. It has not been trained on a pod.
 """
 
 from easylm.configs.sft import tulu2_7b

@@ -14,7 +14,7 @@ too. remat=block_sharded splits what a block leaves for the backward pass over `
 Verified: the step compiles for this pod with the TPU's own compiler (python -m easylm.plan). It
 takes 6.5 of the 15.5 GiB of a device, and the run at least 13 hours, an estimate. It fits a v3-128
 too, with --config.mesh=1,4,32 --config.micro_batches=5: at least 17 hours, since fewer rows are
-empty. It has not been trained on a pod, and runs over several hosts are not there yet.
+empty. It has not been trained on a pod.
 """
 
 from easylm.configs.sft import tulu2_7b

@@ -26,8 +26,7 @@ Verified: the step compiles for this pod with the TPU's own compiler (python -m 
 takes 6.9 of the 15.5 GiB of a device, and the run at least 1.0 hours, an estimate. 15 of the 32 row
 groups are idle, so the pod is 5.1 times as fast as its eighth, a v3-32 with
 --config.micro_batches=5 (at least 5.2 hours). It fits a v3-8 too, with --config.micro_batches=17
---config.remat=block_sharded: at least 22 hours. It has not been trained on a pod, and runs over
-several hosts are not there yet.
+--config.remat=block_sharded: at least 22 hours. It has not been trained on a pod.
 """
 
 from easylm.config import to_config_dict

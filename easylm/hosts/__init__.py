@@ -23,8 +23,8 @@ from easylm.hosts.link import parent
 
 # Failures and lost hosts are noticed in seconds, elsewhere: this is for what nobody thought of.
 BARRIER_SECONDS = 2 * 3600
-# All hosts are told to start at about the same time, but not by one clock.
-JOIN_SECONDS = 300
+# Longer than the parents wait (easylm/hosts/supervise.py), for jax ends with a stack trace.
+JOIN_SECONDS = 400
 # jax's own notice of a host that hangs; see easylm/hosts/supervise.py for those that die.
 HEARTBEAT_SECONDS = 45
 SAID_AFTER_SECONDS = 15
@@ -66,26 +66,28 @@ def join(place: Place | None) -> bool:
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    known = {}
+    known, where = {}, "the first host of this slice"
     if place is not None:
+        where = f"{place.coordinator}, {place.count} hosts in all"
         known = {
             "coordinator_address": place.coordinator,
             "num_processes": place.count,
             "process_id": place.index,
         }
-        if place.index == 0:
-            say(f"waiting for {place.count} hosts at {place.coordinator}")
+    parent.tell(joining=where)
     try:
         jax.distributed.initialize(
             **known,
             initialization_timeout=JOIN_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
+        _index, _count = jax.process_index(), jax.process_count()
     except ValueError:
         if place is not None:
             raise
-        return False  # jax knows of no slice around these chips
-    _index, _count = jax.process_index(), jax.process_count()
+        # jax knows of no slice around these chips.
+    if _count == 1:
+        parent.tell(alone=True)
     return _count > 1
 
 

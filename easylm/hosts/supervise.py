@@ -24,17 +24,21 @@ from easylm.command import (
     PREEMPTED_CODE,
     say,
 )
+from easylm.hosts.flags import has_tpu
 from easylm.hosts.hub import HEARTBEAT_SECONDS, SILENCE_SECONDS, Hub, Verdict, lost_message
 from easylm.hosts.link import HUB, LINK
+from easylm.hosts.notice import watch_for_notice
 from easylm.hosts.wire import Wire
 
+# All hosts are told to start at about the same time, but not by one clock.
+JOIN_SECONDS = 300
 _CONNECT_SECONDS = 30
 # An end without a reason may be the consequence of another host's; seconds to hear of that.
 _GRACE = 3.0
 
 
 class _Event(NamedTuple):
-    """Something heard: from the "child", the "hub" or as a "signal"; None: it is gone."""
+    """Something heard: from the "child", the "hub", as a "signal" or "notice"; None: it is gone."""
 
     source: str
     message: dict | None
@@ -65,10 +69,12 @@ class _Supervisor:
         self._hub = Hub()  # of use on the first host
         self._line: Wire | None = None  # until the hosts have found each other
         self._heard = 0.0  # when the hub last said something
+        self._joining: tuple[float, str] | None = None  # until when the child may, and where
         self._count, self._index = 1, 0
         self._step = self._first_step = 0  # last finished steps: this host's, the first one's
         self._result: int | None = None  # exit code that the child means to have
         self._signals = 0
+        self._is_told = False  # the child, to stop
 
     def start(self, command: Sequence[str]) -> None:
         """Starts the child."""
@@ -85,6 +91,8 @@ class _Supervisor:
         theirs.close()
         self._to_child = Wire(ours)
         self._listen("child", self._to_child)
+        if has_tpu():
+            watch_for_notice(lambda why: self._events.put(_Event("notice", {"reason": why})))
 
     def _listen(self, source: str, wire: Wire) -> None:
         """Makes events of what is heard there, in a thread."""
@@ -112,19 +120,34 @@ class _Supervisor:
 
     def watch(self) -> Verdict:
         """Waits for the end of the run."""
-        hear = {"child": self._hear_child, "hub": self._hear_hub, "signal": self._hear_signal}
+        hear = {
+            "child": self._hear_child,
+            "hub": self._hear_hub,
+            "signal": self._hear_signal,
+            "notice": self._hear_notice,
+        }
         beat, verdict = time.monotonic(), None
         while verdict is None:
             with contextlib.suppress(queue.Empty):
                 source, message = self._events.get(timeout=0.5)
                 verdict = hear[source](message)
-            now = time.monotonic()
-            if self._line is not None and now - beat > HEARTBEAT_SECONDS:
-                beat = now
+            if self._line is not None and time.monotonic() - beat > HEARTBEAT_SECONDS:
+                beat = time.monotonic()
                 self._line.send(step=self._step)
-            if verdict is None and self._line is not None and now - self._heard > SILENCE_SECONDS:
-                verdict = self._first_lost(f"nothing was heard of it for {SILENCE_SECONDS:.0f} s")
+            verdict = verdict or self._waited_too_long()
         return verdict if verdict.code is not None else verdict._replace(code=self._result)
+
+    def _waited_too_long(self) -> Verdict | None:
+        now = time.monotonic()
+        if self._joining is not None and now > self._joining[0]:
+            message = (
+                f"some hosts did not come to {self._joining[1]}, within {JOIN_SECONDS} s; wanted "
+                "the same command on every host, and machines that reach each other"
+            )
+            return Verdict(message, HOST_LOST_CODE)
+        if self._line is not None and now - self._heard > SILENCE_SECONDS:
+            return self._first_lost(f"nothing was heard of it for {SILENCE_SECONDS:.0f} s")
+        return None
 
     def leave(self) -> None:
         """Ends the child, and tells the others by hanging up."""
@@ -137,10 +160,16 @@ class _Supervisor:
     def _hear_child(self, message: dict | None) -> Verdict | None:
         if message is None:
             return self._child_gone()
-        if "joined" in message:
+        if "joining" in message:
+            say(f"meeting the other hosts at {message['joining']}")
+            self._joining = time.monotonic() + JOIN_SECONDS, message["joining"]
+        elif "alone" in message:
+            self._joining = None
+        elif "joined" in message:
+            self._joining = None
             self._index, self._count = message["joined"]
             return self._meet(message["hub"])
-        if "step" in message:
+        elif "step" in message:
             self._step = message["step"]
         elif "ended" in message:
             self._result = message["ended"]  # it counts when the process is gone too
@@ -153,7 +182,7 @@ class _Supervisor:
         code = self._child.wait()
         if self._result is not None and code == self._result:
             return self._report(ended=code) if self._line else Verdict("", code)
-        if self._signals:
+        if self._is_told:
             message = "told to stop before there was anything to save"
             return self._report(failed=message, code=PREEMPTED_CODE, grace=0)
         if code >= 0:
@@ -207,12 +236,22 @@ class _Supervisor:
         return Verdict(message, HOST_LOST_CODE)
 
     def _hear_signal(self, message: dict) -> Verdict | None:
-        """Tells the child to stop, at the same step as all others; the second time, at once."""
+        """Tells the child to stop; the second time, it ends at once."""
         number = message["number"]
         self._signals += 1
         if self._signals > 1:
             return Verdict("", INTERRUPTED_CODE if number == signal.SIGINT else 128 + number)
         if number == signal.SIGINT:
             say("\nsaving after this step; Ctrl-C again to stop at once")
-        self._child.send_signal(signal.SIGTERM)
+        self._tell_to_stop()
         return None
+
+    def _hear_notice(self, message: dict) -> None:
+        say(f"\n{message['reason']}: saving after this step")
+        self._tell_to_stop()
+
+    def _tell_to_stop(self) -> None:
+        """jax hears SIGTERM in the child, and finds a step after which all hosts can stop."""
+        if not self._is_told:
+            self._child.send_signal(signal.SIGTERM)
+        self._is_told = True

@@ -28,8 +28,9 @@ class Wire:
 
     def __iter__(self) -> Iterator[dict]:
         """What the other end says, until it is gone, or says something else."""
-        with contextlib.suppress(OSError, ValueError), self._connection.makefile("r", encoding="utf-8") as file:
-            for line in file:
+        lines = self._connection.makefile("r", encoding="utf-8")
+        with contextlib.suppress(OSError, ValueError), lines:
+            for line in lines:
                 if line.endswith("\n"):  # else it was cut off
                     yield json.loads(line)
 
