@@ -298,7 +298,9 @@ pack() {
   local tree
   REVISION='' URL=${REF%#*} REF=${REF##*#}
   if [ -n "$URL" ]; then return; fi
-  tree=$(git -C "$HERE" stash create "for a TPU slice")
+  git -C "$HERE" update-index -q --refresh || true # or a file that was only touched is an error
+  tree=$(git -C "$HERE" stash create "for a TPU slice") ||
+    end 1 "git cannot tell what this checkout holds; wanted one without conflicts"
   REVISION=$(git -C "$HERE" rev-parse --short=12 HEAD)
   if [ -n "$tree" ]; then
     REVISION="$REVISION-changed-$(git -C "$HERE" rev-parse --short=8 "$tree^{tree}")"

@@ -13,7 +13,10 @@ GCLOUD = r"""#!/bin/bash
 # spot, queued: of the node; refusals: so many more creations fail; mute: a host that ssh misses
 cd "$FAKE" || exit
 printf '%s\0' "$@" END >>calls
-option() { local a; for a in "${@:2}"; do case "$a" in --"$1"=*) printf '%s' "${a#*=}" ;; esac; done; }
+option() {
+  local a
+  for a in "${@:2}"; do case "$a" in --"$1"=*) printf '%s' "${a#*=}" ;; esac; done
+}
 missing() { echo "ERROR: NOT_FOUND: Resource '$1' was not found" >&2; exit 1; }
 create() {
   if [ "$(cat refusals)" -gt 0 ]; then
@@ -28,7 +31,7 @@ create() {
   for ((w = 0; w < $(cat hosts); w++)); do mkdir "w$w"; done
 }
 on_host() {
-  if [ -e mute ] && [ "$(cat mute)" = "$1" ]; then echo "ssh: connection timed out" >&2; exit 255; fi
+  if [ "$(cat mute 2>/dev/null)" = "$1" ]; then echo "ssh: timed out" >&2; exit 255; fi
   export HOME="$FAKE/w$1" WORKER=$1 PATH="$FAKE/host:$PATH"
   cd "$HOME" && exec bash -c "$2"
 }
@@ -103,16 +106,12 @@ esac
 
 
 class FakeCloud:
-    """The folder of a cloud without a slice.
+    """The cloud in a folder; where there is none, one without a slice, and two hosts for one."""
 
-    Args:
-      folder: new; it holds the state of the cloud.
-      hosts: how many a slice will have.
-      devices: how many each of them will see.
-    """
-
-    def __init__(self, folder: pathlib.Path, hosts: int = 2, devices: int = 16):
+    def __init__(self, folder: pathlib.Path):
         self.folder = folder
+        if folder.exists():
+            return
         for name in ("bin", "host"):
             (folder / name).mkdir(parents=True)
         programs = {
@@ -124,7 +123,7 @@ class FakeCloud:
         for name, text in programs.items():
             (folder / name).write_text(text)
             (folder / name).chmod((folder / name).stat().st_mode | stat.S_IXUSR)
-        self.write(calls="", hosts=hosts, devices=devices, refusals=0, plan="", talker=0)
+        self.write(calls="", hosts=2, devices=16, refusals=0, plan="", talker=0)
 
     def write(self, **files: object) -> None:
         """Sets files of the cloud, by name; "_" stands for a dot."""

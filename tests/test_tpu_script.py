@@ -1,4 +1,4 @@
-"""scripts/tpu.sh, with a gcloud whose hosts are folders: what it asks for, and what it makes of it."""
+"""scripts/tpu.sh, with a gcloud whose hosts are folders."""
 
 import os
 import pathlib
@@ -49,10 +49,31 @@ def checkout(tmp_path_factory):
 
 @pytest.fixture
 def cloud(tmp_path):
-    cloud = FakeCloud(tmp_path / "cloud")
+    yield from kept(FakeCloud(tmp_path / "cloud"))
+
+
+@pytest.fixture(scope="module")
+def slice_of_two(checkout, tmp_path_factory):
+    """A cloud with a slice that is set up."""
+    cloud = FakeCloud(tmp_path_factory.mktemp("slice") / "cloud")
+    tpu(cloud, checkout, "create", "--type=v3-16")
+    tpu(cloud, checkout, "setup")
+    cloud.write(calls="")
+    return cloud
+
+
+@pytest.fixture
+def pod(slice_of_two, tmp_path):
+    """A copy of it."""
+    shutil.copytree(slice_of_two.folder, tmp_path / "pod")
+    yield from kept(FakeCloud(tmp_path / "pod"))
+
+
+def kept(cloud):
+    """The cloud, while it is used; its hosts go down then."""
     yield cloud
     for host in cloud.folder.glob("w*"):
-        shutil.rmtree(host)  # what still runs there ends
+        shutil.rmtree(host)
 
 
 class Script:
@@ -77,7 +98,7 @@ class Script:
     def result(self, code=0):
         """(stdout, stderr), once it has ended, which must be with `code`."""
         try:
-            self.process.wait(timeout=20)
+            self.process.wait(timeout=60)
         finally:
             self.process.kill()
             out, err = (file.read_text() for file in self.files)
@@ -88,11 +109,6 @@ class Script:
 def tpu(cloud, checkout, *arguments, code=0, **environment):
     """(stdout, stderr) of the script, which must exit with `code`."""
     return Script(cloud, checkout, *arguments, **environment).result(code)
-
-
-def make_slice(cloud, checkout, *options):
-    tpu(cloud, checkout, "create", "--type=v3-16", *options)
-    return tpu(cloud, checkout, "setup")
 
 
 def dry(cloud, checkout, verb, *arguments, **environment):
@@ -219,6 +235,9 @@ def test_setup_installs_on_every_host_what_git_tracks(cloud, checkout, tmp_path)
     assert "changed" in cloud.read("w1/easylm/src/pyproject.toml")
     assert cloud.read("w1/easylm/revision").startswith(f"{head}-changed-")
     assert not (cloud.folder / "w0" / "easylm" / "env").exists()
+    (checkout / "pyproject.toml").touch()
+    tpu(cloud, checkout, "setup")
+    assert cloud.read("w1/easylm/revision") == head
 
 
 def test_setup_from_a_git_repository(cloud, checkout):
@@ -275,46 +294,47 @@ def test_a_run_shows_the_log_of_the_host_that_prints_and_ends_as_it_does(cloud, 
 @pytest.mark.parametrize(
     ("codes", "code"), [("2,1", 2), ("76,1", 1), ("137,76", 1), ("76,75", 76), ("0,75", 75)]
 )
-def test_the_exit_code_of_hosts_that_differ(cloud, checkout, codes, code):
-    make_slice(cloud, checkout)
-    cloud.write(plan=codes)
-    tpu(cloud, checkout, "run", "--", *COMMAND, code=code)
+def test_the_exit_code_of_hosts_that_differ(pod, checkout, codes, code):
+    pod.write(plan=codes)
+    tpu(pod, checkout, "run", "--", *COMMAND, code=code)
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 8
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def test_a_run_outlives_its_terminal_and_is_not_started_twice(cloud, checkout):
-    make_slice(cloud, checkout)
-    cloud.write(plan="wait")
-    script = Script(cloud, checkout, "run", "--", *COMMAND)
-    wait_for(lambda: (cloud.folder / "w1" / "arguments").exists())
+def wait_for_start(cloud):
+    wait_for(lambda: all(cloud.read(f"w{worker}/arguments") for worker in (0, 1)))
+
+
+def test_a_run_outlives_its_terminal_and_is_not_started_twice(pod, checkout):
+    pod.write(plan="wait")
+    script = Script(pod, checkout, "run", "--", *COMMAND)
+    wait_for_start(pod)
     os.killpg(script.process.pid, signal.SIGHUP)
     for verb in (["run", "--", *COMMAND], ["setup"]):
-        _, err = tpu(cloud, checkout, *verb, code=2)
+        _, err = tpu(pod, checkout, *verb, code=2)
         assert "a run goes on on pod" in err
-    out, _ = tpu(cloud, checkout, "status")
+    out, _ = tpu(pod, checkout, "status")
     assert "pod: READY, v3-16, 2 hosts\nhost 0 (t1v-n-1234-w-0): running; and more" in out
-    out, _ = tpu(cloud, checkout, "logs", "--worker=all")
+    out, _ = tpu(pod, checkout, "logs", "--worker=all")
     assert "1| host 1: token , wait" in out and "0| and more" in out
-    following = Script(cloud, checkout, "logs", "-f")
-    out, err = tpu(cloud, checkout, "stop")
+    following = Script(pod, checkout, "logs", "-f")
+    out, err = tpu(pod, checkout, "stop")
     assert "waiting for 2 hosts to save and end" in err
     assert following.result()[0].endswith("saved\n")
-    out, _ = tpu(cloud, checkout, "status")
+    out, _ = tpu(pod, checkout, "status")
     assert "host 1 (t1v-n-1234-w-1): exit code 75, told to stop; saved" in out
 
 
-def test_stop_now_kills(cloud, checkout):
-    make_slice(cloud, checkout)
-    cloud.write(plan="wait")
-    script = Script(cloud, checkout, "run", "--keep-going", "--", *COMMAND)
-    wait_for(lambda: (cloud.folder / "w1" / "arguments").exists())
-    tpu(cloud, checkout, "stop", "--now")
+def test_stop_now_kills(pod, checkout):
+    pod.write(plan="wait")
+    script = Script(pod, checkout, "run", "--keep-going", "--", *COMMAND)
+    wait_for_start(pod)
+    tpu(pod, checkout, "stop", "--now")
     out, err = script.result(1)
     assert "it was told to stop; not started again" in err and "saved" not in out
 
@@ -340,12 +360,11 @@ def test_a_run_asks_for_hosts_that_are_set_up(cloud, checkout):
         (["1", "1", "1:10", "1", "2"], 2, 5),
     ],
 )
-def test_keep_going_starts_again_what_may_go_on(cloud, checkout, plan, code, starts):
-    make_slice(cloud, checkout)
-    cloud.write(plan="\n".join(plan), steps="5")
-    _, err = tpu(cloud, checkout, "run", "--keep-going", "--", *COMMAND, code=code)
-    assert cloud.read("starts.0").count("x") == cloud.read("starts.1").count("x") == starts, err
-    assert cloud.verbs() == ["tpu-vm create", "tpu-vm scp"]  # the slice is as it was
+def test_keep_going_starts_again_what_may_go_on(pod, checkout, plan, code, starts):
+    pod.write(plan="\n".join(plan), steps="5")
+    _, err = tpu(pod, checkout, "run", "--keep-going", "--", *COMMAND, code=code)
+    assert pod.read("starts.0").count("x") == pod.read("starts.1").count("x") == starts, err
+    assert pod.verbs() == []  # the slice is as it was
     if code == 1:
         assert "after three more tries from checkpoint 5; not started again" in err
 
@@ -353,9 +372,9 @@ def test_keep_going_starts_again_what_may_go_on(cloud, checkout, plan, code, sta
 @pytest.mark.parametrize("queued", [False, True])
 def test_keep_going_replaces_a_spot_slice(cloud, checkout, queued):
     kind = "queued-resources" if queued else "tpu-vm"
-    make_slice(
-        cloud, checkout, "--spot", *(["--queued"] if queued else []), "--service-account=a@b"
-    )
+    options = ["--spot", *(["--queued"] if queued else []), "--service-account=a@b"]
+    tpu(cloud, checkout, "create", "--type=v3-16", *options)
+    tpu(cloud, checkout, "setup")
     cloud.write(plan="lost\n0")
     script = Script(cloud, checkout, "run", "--keep-going", "--", *COMMAND)
     if queued:
@@ -377,46 +396,44 @@ def test_keep_going_replaces_a_spot_slice(cloud, checkout, queued):
         assert any(word.endswith("version=runtime-x") for word in call)
 
 
-def test_keep_going_leaves_other_slices_alone(cloud, checkout):
-    make_slice(cloud, checkout)
-    cloud.write(plan="lost\n0")
-    _, err = tpu(cloud, checkout, "run", "--keep-going", "--", *COMMAND, code=76)
+def test_keep_going_leaves_other_slices_alone(pod, checkout):
+    pod.write(plan="lost\n0")
+    _, err = tpu(pod, checkout, "run", "--keep-going", "--", *COMMAND, code=76)
     assert "error: pod is PREEMPTED, and no spot slice" in err
-    assert cloud.verbs() == ["tpu-vm create", "tpu-vm scp"]
+    assert pod.verbs() == []
 
 
 def test_keep_going_does_not_create_what_somebody_deleted(cloud, checkout):
-    make_slice(cloud, checkout, "--spot", "--queued")
+    tpu(cloud, checkout, "create", "--type=v3-16", "--spot", "--queued")
+    tpu(cloud, checkout, "setup")
     cloud.write(plan="wait")
     script = Script(cloud, checkout, "run", "--keep-going", "--", *COMMAND)
-    wait_for(lambda: (cloud.folder / "w1" / "arguments").exists())
+    wait_for_start(cloud)
     tpu(cloud, checkout, "delete", "--yes")
     _, err = script.result(76)
     assert "somebody has deleted pod and its request; not created again" in err
 
 
-def test_a_host_that_does_not_answer_is_asked_again(cloud, checkout):
-    make_slice(cloud, checkout)
-    cloud.write(plan="wait")
-    script = Script(cloud, checkout, "run", "--", *COMMAND)
-    wait_for(lambda: (cloud.folder / "w1" / "arguments").exists())
-    cloud.write(mute="1")
-    tpu(cloud, checkout, "stop", code=1)  # reaches host 0 alone
-    wait_for(lambda: cloud.read("w0/easylm/run/exit") == "75")
-    out, err = tpu(cloud, checkout, "status")
+def test_a_host_that_does_not_answer_is_asked_again(pod, checkout):
+    pod.write(plan="wait")
+    script = Script(pod, checkout, "run", "--", *COMMAND)
+    wait_for_start(pod)
+    pod.write(mute="1")
+    tpu(pod, checkout, "stop", code=1)  # reaches host 0 alone
+    wait_for(lambda: pod.read("w0/easylm/run/exit") == "75")
+    out, err = tpu(pod, checkout, "status")
     assert "host 0" in out and "host 1" not in out and "not all hosts answer" in err
-    (cloud.folder / "mute").unlink()
-    tpu(cloud, checkout, "stop")
+    (pod.folder / "mute").unlink()
+    tpu(pod, checkout, "stop")
     _, err = script.result(75)
     assert "not all hosts of pod answer; asking again" in err
 
 
-def test_delete_asks_first(cloud, checkout):
-    make_slice(cloud, checkout)
-    _, err = tpu(cloud, checkout, "delete", code=1)
-    assert "error: not deleted" in err and cloud.read("node") == "READY"
-    tpu(cloud, checkout, "delete", "--yes")
-    assert cloud.verbs()[-1] == "tpu-vm delete"
+def test_delete_asks_first(pod, checkout):
+    _, err = tpu(pod, checkout, "delete", code=1)
+    assert "error: not deleted" in err and pod.read("node") == "READY"
+    tpu(pod, checkout, "delete", "--yes")
+    assert pod.verbs()[-1] == "tpu-vm delete"
 
 
 def test_the_scripts_pass_shellcheck():
