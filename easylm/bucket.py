@@ -46,19 +46,22 @@ class PatientBucket(GCSFileSystem):
 
     async def _request(self, method: str, path: str, *args: Any, **options: Any):
         # All that gcsfs asks for goes through here.
-        started, said, pause = time.monotonic(), False, _FIRST_PAUSE
+        started, asked_before, said, pause = time.monotonic(), False, False, _FIRST_PAUSE
         while True:
             try:
                 return await _ask_once(self, method, path, *args, **options)
             except (OSError, HttpError, ChecksumError, aiohttp.ClientError, GoogleAuthError) as e:
+                if asked_before and method == "DELETE" and isinstance(e, FileNotFoundError):
+                    return 204, {}, None, b""  # the bucket did it, and the answer was lost
+                asked_before = True
                 waited = time.monotonic() - started
                 if waited > _patience(e):
                     raise
                 if waited > SAID_AFTER_SECONDS and not said:
                     said = True
                     say(
-                        f"the bucket does not answer as it should ({describe(e)}); asking again for "
-                        f"up to {PATIENCE_SECONDS / 60:.0f} minutes"
+                        f"the bucket does not answer as it should ({describe(e)}); asking again "
+                        f"for up to {PATIENCE_SECONDS / 60:.0f} minutes"
                     )
             # Not all hosts of a pod at the same moment.
             await asyncio.sleep(pause * random.uniform(0.5, 1))

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from easylm import storage
 from easylm.errors import InputError, UnavailableError
@@ -196,7 +197,18 @@ def arrays() -> ocp.PyTreeCheckpointHandler:
     """What reads and writes the items `params` and `opt_state`."""
     # Compression takes most of the time of a save and a second copy of the arrays in memory, and
     # weights hardly shrink: their mantissas are noise.
+    _limit_retries()
     return ocp.PyTreeCheckpointHandler(use_compression=False)
+
+
+def _limit_retries() -> None:
+    # tensorstore asks a bucket 32 times, for a quarter of an hour, or longer if it does not
+    # answer. It has an option for that, but Orbax has none to pass it on.
+    for context in (
+        tensorstore_utils._BASE_TS_CONTEXT,
+        tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT,
+    ):
+        context["gcs_request_retries"] = {"max_retries": storage.TENSORSTORE_RETRIES}
 
 
 def absolute(path: str) -> epath.Path:
@@ -213,6 +225,8 @@ def _damage_named(step_folder: str, item: str) -> Iterator[None]:
         if not _is_of_storage(error):
             raise
         reason = _first_line(error.__cause__ or error)
+        if "retry attempts failed" in reason:
+            raise UnavailableError(f"{step_folder}/{item}: cannot be read: {reason}") from error
         raise InputError(
             f"{step_folder}/{item}: cannot be restored: {reason}. Wanted a "
             "complete checkpoint of this model; move this folder away to use an older one."

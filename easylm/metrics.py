@@ -76,7 +76,7 @@ class MetricsWriter:
     """Appends to WORKDIR/metrics.jsonl, one JSON object a line.
 
     On a disk every line is flushed as it is written. In a bucket the object is written again
-    whole, at most every UPLOAD_SECONDS and on `close`.
+    whole, at most every UPLOAD_SECONDS, on `store` and on `close`.
 
     JSON has no NaN or infinity: they are written as the strings "nan", "inf" and "-inf", which
     float() reads back. null means unknown.
@@ -115,18 +115,19 @@ class MetricsWriter:
             return
         self._lines.append(line)
         if time.monotonic() - self._uploaded >= UPLOAD_SECONDS:
-            self._upload()
+            self.store()
+
+    def store(self) -> None:
+        """Makes sure that every line so far is stored."""
+        if self._in_bucket:
+            storage.write_bytes(self._path, "".join(self._lines).encode())
+            self._uploaded = time.monotonic()
 
     def close(self) -> None:
         """Makes sure that every line is stored."""
-        if self._in_bucket:
-            self._upload()
-        else:
+        self.store()
+        if not self._in_bucket:
             self._file.close()
-
-    def _upload(self) -> None:
-        storage.write_bytes(self._path, "".join(self._lines).encode())
-        self._uploaded = time.monotonic()
 
 
 def _json_value(value):

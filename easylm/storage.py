@@ -22,6 +22,9 @@ REQUEST_BYTES = 32 << 20
 CONCURRENT_REQUESTS = 8
 # Objects are uploaded in blocks of this size.
 UPLOAD_BYTES = 32 << 20
+# How often tensorstore, which reads and writes the arrays of checkpoints, asks a bucket again, each
+# time after twice as long up to 32 s: in all about as long as the patience of easylm/bucket.py.
+TENSORSTORE_RETRIES = 10
 _MISSING = "; check the spelling, and that your credentials may see the bucket"
 
 

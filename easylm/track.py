@@ -25,6 +25,9 @@ class Tracker(Protocol):
     def write(self, record: Record) -> None:
         """Adds one line; `record` has at least "step". A value of None is left out."""
 
+    def store(self) -> None:
+        """Makes sure that a crash from now on loses no line so far."""
+
     def close(self) -> None:
         """Makes sure that every line is stored."""
 
@@ -86,7 +89,7 @@ class TensorBoard:
             self._file = EventsWriter(f"{self._local}/events", f".{last_step}")
             restart = SessionLog(status=SessionLog.START)
             self._file.write_event(Event(step=last_step + 1, session_log=restart))
-            self._store()
+            self.store()
 
     def write(self, record: Record) -> None:
         """As `Tracker.write`."""
@@ -102,18 +105,20 @@ class TensorBoard:
         with storage.explained(self._folder):
             self._file.write_event(event)
             if time.monotonic() - self._stored >= STORE_SECONDS:
-                self._store()
+                self.store()
 
     def close(self) -> None:
         """As `Tracker.close`."""
+        self.store()
         with storage.explained(self._folder):
-            self._store()
             self._file.close()
         if self._local != self._folder:
             shutil.rmtree(self._local)
 
-    def _store(self) -> None:
-        self._file.flush()
+    def store(self) -> None:
+        """As `Tracker.store`."""
+        with storage.explained(self._folder):
+            self._file.flush()
         if self._local != self._folder:
             (name,) = os.listdir(self._local)
             data = storage.read_bytes(f"{self._local}/{name}")
@@ -153,6 +158,9 @@ class WeightsAndBiases:
         if record["step"] >= self._run.step:
             values = {name: value for name, value in record.items() if value is not None}
             self._run.log(values, step=record["step"])
+
+    def store(self) -> None:
+        """Nothing to do: the library keeps its lines on the disk and sends them by itself."""
 
     def close(self) -> None:
         """As `Tracker.close`."""

@@ -73,7 +73,8 @@ def running_proxy(seed: int = 0, rates: Mapping[int | str, float] | None = None)
     thread.start()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        ended = (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError)
+        with contextlib.suppress(*ended):
             while await _pass_on(proxy, upstream.port, reader, writer):
                 pass
         writer.close()

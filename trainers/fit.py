@@ -135,6 +135,10 @@ def _train(
         if step == 1 and not not_finite(metrics):
             objective.check_first(metrics)
 
+    def save(step: int, state: TrainState) -> None:
+        reporter.store()  # a run that goes on from this step does not write its lines again
+        saver.save(step, state)
+
     def evaluate_at(step: int) -> bool:
         return eval_stream is not None and (step % config.eval_every == 0 or step == len(stream))
 
@@ -149,7 +153,7 @@ def _train(
             total_steps=len(stream),
             report=report,
             save_at=saver.due,
-            save=watchdog.paused(saver.save),
+            save=watchdog.paused(save),
             evaluate_at=evaluate_at,
             evaluate=watchdog.paused(evaluator(program, objective.loss_fn, held_out)),
             pause_at=profile.due,

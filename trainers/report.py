@@ -66,6 +66,11 @@ class Reporter:
         self._bar.show(record)
         self._bar.step()
 
+    def store(self) -> None:
+        """Makes sure that every line so far is stored."""
+        for writer in self._writers:
+            writer.store()
+
     def note(self, text: str) -> None:
         """Says a line to people, above the progress bar; any thread may."""
         self._bar.note(wrap_line(text))
