@@ -40,6 +40,9 @@ def test_a_run_tells_its_memory_a_hanging_step_and_where_its_trace_is(
     assert all("memory_peak_bytes" not in line for line in metrics(workdir))
     assert f"steps 2 to 3 are traced in {workdir}/profile; to see it: `pip install" in said
     assert len(list((workdir / "profile" / "plugins" / "profile").iterdir())) == 1
+    # Other steps may be asked for when a run goes on; those behind it are not traced.
+    sft.main(arguments(tmp_path, workdir, {**options, "profile.steps": "4:5"}))
+    assert len(list((workdir / "profile" / "plugins" / "profile").iterdir())) == 1
 
 
 @pytest.mark.slow  # two processes

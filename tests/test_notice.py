@@ -4,6 +4,7 @@ import contextlib
 import http.server
 import json
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -18,8 +19,8 @@ PROGRAM = """
 import sys, time
 from easylm.hosts import notice
 notice.FIRST_PAUSE = 0.2
-notice.watch_for_notice(lambda reason: print(reason, flush=True))
 print("watching", "jax" in sys.modules, flush=True)
+notice.watch_for_notice(lambda reason: print(reason, flush=True))
 sys.stdin.read()
 """
 
@@ -83,21 +84,28 @@ def serving(port=0):
 
 @contextlib.contextmanager
 def watcher(port, variable="GCE_METADATA_HOST"):
+    """A process that watches; yields the lines it prints, which must be all read."""
     environment = {**os.environ, variable: f"localhost:{port}", "http_proxy": "http://nowhere:1"}
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         env=environment,
     )
+    lines = queue.Queue()
+    reader = threading.Thread(target=lambda: [lines.put(line) for line in process.stdout])
+    reader.start()
     try:
-        assert process.stdout.readline() == "watching False\n"
-        yield process
+        assert lines.get(timeout=30) == "watching False\n"
+        yield lines
     finally:
-        out, err = process.communicate("", timeout=30)
-        assert (out, err, process.returncode) == ("", "", 0)
+        process.stdin.close()
+        assert process.wait(timeout=30) == 0
+        reader.join()
+        process.stdout.close()
+    assert lines.empty()
 
 
 @pytest.mark.parametrize(
@@ -118,13 +126,13 @@ def watcher(port, variable="GCE_METADATA_HOST"):
     ],
 )
 def test_a_notice_is_told_at_once_and_once(key, value, variable, reason):
-    with serving() as server, watcher(server.server_port, variable) as process:
+    with serving() as server, watcher(server.server_port, variable) as lines:
         server.wait_until_asked(4)  # both keys, and both to wait for a change
         server.set("maintenance-event", "MIGRATE_ON_HOST_MAINTENANCE")
         server.wait_until_asked(5)
         started = time.monotonic()
         server.set(key, value)
-        assert process.stdout.readline() == f"{reason}\n"
+        assert lines.get(timeout=30) == f"{reason}\n"
         assert time.monotonic() - started < 5
         for both in (("preempted", "TRUE"), ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")):
             server.set(*both)
@@ -135,17 +143,17 @@ def test_a_notice_is_told_at_once_and_once(key, value, variable, reason):
 def test_a_machine_that_is_already_told_is_told_at_the_start():
     with serving() as server:
         server.set("preempted", "TRUE")
-        with watcher(server.server_port) as process:
-            assert "preemption" in process.stdout.readline()
+        with watcher(server.server_port) as lines:
+            assert "preemption" in lines.get(timeout=30)
 
 
 def test_a_server_that_comes_late_is_found():
     port = free_port()
-    with watcher(port) as process:
+    with watcher(port) as lines:
         time.sleep(0.5)
         with serving(port) as server:
             server.set("preempted", "TRUE")
-            assert "preemption" in process.stdout.readline()
+            assert "preemption" in lines.get(timeout=30)
 
 
 def test_other_machines_are_left_alone_and_asked_less_and_less():

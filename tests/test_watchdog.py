@@ -70,8 +70,8 @@ def test_ten_times_the_median_counts_where_that_is_longer(said):
 
 def test_the_median_is_of_the_last_fifty_steps(said):
     with watching(said) as watchdog:
-        for step in range(1, 81):
-            watchdog.done(step, 0.001 if step <= 40 else 10.0)
+        for step in range(1, 101):
+            watchdog.done(step, 0.001 if step <= 60 else 10.0)
         time.sleep(0.2)
         assert said == []
 
