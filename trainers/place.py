@@ -24,16 +24,16 @@ def batches_on(
     sharding = batch_sharding(mesh)
     total = stream.rows_per_batch
     places = sharding.addressable_devices_indices_map((total,)).values()
-    bounds = [rows.indices(total) for (rows,) in places]
-    first, last = min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds)
+    # On a torus the rows of one process need not be neighbours.
+    own = np.unique(np.concatenate([np.arange(total)[rows] for (rows,) in places]))
 
     def place(rows: np.ndarray) -> jax.Array:
         def part(index):
-            start, stop, _ = index[0].indices(total)
-            return rows[start - first : stop - first]
+            first, last, _ = np.searchsorted(own, index[0].indices(total))
+            return rows[first:last]
 
         return jax.make_array_from_callback((total, *rows.shape[1:]), sharding, part)
 
     steps = range(len(stream)) if steps is None else steps
-    for batch in prefetch(stream, steps, slice(first, last)):
+    for batch in prefetch(stream, steps, own):
         yield {name: place(rows) for name, rows in batch.items()}

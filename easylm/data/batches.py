@@ -124,20 +124,22 @@ class BatchStream:
         """Batch `step`, all of it."""
         return self.batch(step)
 
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+    def batch(self, step: int, rows: slice | np.ndarray = slice(None)) -> Batch:
         """Builds one batch.
 
         Args:
             step: from 0.
-            rows: which of the `rows_per_batch` rows to build: what one process holds.
+            rows: which of the `rows_per_batch` rows to build, a slice or their numbers: what one
+                process holds.
 
         Returns:
             Arrays `[rows, seq_len]` as in `build_rows`.
         """
+        numbers = np.arange(self.rows_per_batch)[rows]
         first = step * self.batch_rows
-        numbers = np.arange(first, first + self.rows_per_batch)[rows]
-        epochs = np.searchsorted(self._epoch_ends, numbers, side="right")
-        return self.lay_out(self.plan_rows(step)[rows], epochs)
+        epochs = np.searchsorted(self._epoch_ends, first + numbers, side="right")
+        planned = self.plan_rows(step)
+        return self.lay_out([planned[number] for number in numbers], epochs)
 
     def plan_rows(self, step: int) -> list[np.ndarray]:
         """The example ids of every row of batch `step`, from 0; empty for rows of padding."""
@@ -174,14 +176,14 @@ class BatchStream:
 
 
 def prefetch(
-    stream: BatchStream, steps: Sequence[int], rows: slice = slice(None)
+    stream: BatchStream, steps: Sequence[int], rows: slice | np.ndarray = slice(None)
 ) -> Iterator[Batch]:
     """Builds batches ahead of their use, in threads, in order.
 
     Args:
         stream: the run.
         steps: which ones, from 0.
-        rows: which rows of each batch this process holds.
+        rows: which rows of each batch this process holds, as of `BatchStream.batch`.
     """
     import grain  # imports jax, which checking data does without
 
