@@ -43,12 +43,11 @@ def main(argv: Sequence[str]) -> None:
     if hosts.is_first():
         check_trackers(tensorboard=config.tensorboard, wandb=config.wandb)
     # The data comes first: it is what is wrong most often, and is checked in seconds.
-    with hosts.first_alone("preparing the data"):
-        rows = open_data(config)
-        weights = open_weights(config, workdir if going_on else "")
-        tokenizer = open_tokenizer(config, workdir, rows["data"], weights, going_on=going_on)
-        model = model_config(config, weights, tokenizer)
-        data = {name: prepare_data(config, rows[name], tokenizer, model) for name in rows}
+    rows = open_data(config)
+    weights = open_weights(config, workdir if going_on else "")
+    tokenizer = open_tokenizer(config, workdir, rows["data"], weights, going_on=going_on)
+    model = model_config(config, weights, tokenizer)
+    data = {name: prepare_data(config, rows[name], tokenizer, model) for name in rows}
     examples = data["data"].examples
     for index in range(min(config.data.show, len(examples))):
         say(format_example(tokenizer, *examples.example(index), color=sys.stderr.isatty()))

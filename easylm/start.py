@@ -143,6 +143,7 @@ def open_tokenizer(
                 storage.remove_folder(folder)
             texts = (turn["content"] for row in rows.read().rows for turn in row.messages)
             train_tokenizer(texts, config.data.tokenizer_vocab_size, folder)
+        hosts.wait_for_all("training the tokenizer")
         tokenizer = load_tokenizer(folder, config.data.chat_template)
     elif config.data.tokenizer:
         tokenizer = load_tokenizer(config.data.tokenizer, config.data.chat_template)
@@ -201,19 +202,25 @@ def open_data(config: RunConfig, form: Form = CONVERSATIONS) -> dict[str, Source
     Raises:
       InputError: a source or a row is wrong.
     """
-    sources = {"data": config.data.sources, "eval": config.data.eval_sources}
-    return {
-        name: open_rows(
-            text,
-            form=form,
-            on_bad_row=config.data.on_bad_row,
-            seed=config.seed,
-            cache=config.data.cache,
-            field=SOURCE_FIELDS[name],
+    texts = {"data": config.data.sources, "eval": config.data.eval_sources}
+    rows = {}
+    for name in [name for name, text in texts.items() if text]:
+        options = {
+            "sources": texts[name],
+            "form": form,
+            "on_bad_row": config.data.on_bad_row,
+            "seed": config.seed,
+            "field": SOURCE_FIELDS[name],
+        }
+        if hosts.is_first():
+            rows[name] = open_rows(cache=config.data.cache, **options)
+        # The others need not see the sources: they find prepared what the first has read.
+        hashes = hosts.on_first(
+            "reading the data", lambda name=name: [sha256 for _, sha256 in rows[name].digests]
         )
-        for name, text in sources.items()
-        if text
-    }
+        if not hosts.is_first():
+            rows[name] = SourceRows(hashes=hashes, **options)
+    return rows
 
 
 def prepare_data(config: RunConfig, rows: SourceRows, tokenizer, model: LlamaConfig) -> Prepared:
@@ -222,7 +229,8 @@ def prepare_data(config: RunConfig, rows: SourceRows, tokenizer, model: LlamaCon
     Raises:
       InputError: they cannot be encoded for this model.
     """
-    return _said(prepare(rows, tokenizer, **_encoding(config, model)))
+    with hosts.first_alone("encoding the data"):
+        return _said(prepare(rows, tokenizer, **_encoding(config, model)))
 
 
 def prepare_preferences(
@@ -238,7 +246,8 @@ def prepare_preferences(
         "scored_turns": config.dpo.scored_turns,
         **_encoding(config, model),
     }
-    prepared = _said(prepare_pairs(rows, tokenizer, **options))
+    with hosts.first_alone("encoding the data"):
+        prepared = _said(prepare_pairs(rows, tokenizer, **options))
     without = int(np.isnan(prepared.pairs.margins).sum())
     if config.dpo.margin_weight and without:
         raise InputError(

@@ -41,6 +41,9 @@ _VERSION = 2
 class SourceRows:
     """The rows of some sources, known by content and read only if somebody needs them.
 
+    Args:
+        hashes: SHA-256 of each source's content where that is known; else they are read for it.
+        sources, on_bad_row, seed, field, form: as in `open_rows`.
     Attributes:
         field: of the config that names the sources, for messages.
         digests: each source with the SHA-256 of its content.
@@ -48,10 +51,19 @@ class SourceRows:
             rows.
     """
 
-    def __init__(self, sources: str, on_bad_row: str, seed: int, field: str, form: Form):
+    def __init__(
+        self,
+        sources: str,
+        *,
+        on_bad_row: str,
+        seed: int,
+        field: str,
+        form: Form,
+        hashes: Sequence[str] | None = None,
+    ):
         self._sources, self.on_bad_row, self.seed = sources, on_bad_row, seed
         self._form, self.field = form, field
-        self.digests = self._digests()
+        self.digests = self._digests(hashes)
         self.key = store.content_key(
             {
                 "version": _VERSION,
@@ -86,8 +98,9 @@ class SourceRows:
         """Gives the memory of the rows back; who needs them again reads them again."""
         self._rows = None
 
-    def _digests(self) -> list[tuple[Source, str]]:
-        return [(source, digest(source)) for source in parse_sources(self._sources, self.field)]
+    def _digests(self, hashes: Sequence[str] | None = None) -> list[tuple[Source, str]]:
+        sources = parse_sources(self._sources, self.field)
+        return list(zip(sources, hashes or map(digest, sources), strict=True))
 
 
 def open_rows(
@@ -112,7 +125,7 @@ def open_rows(
     Raises:
         InputError: as `SourceRows.read`.
     """
-    rows = SourceRows(sources, on_bad_row, seed, field, form)
+    rows = SourceRows(sources, on_bad_row=on_bad_row, seed=seed, field=field, form=form)
     if not store.holds_any(cache, rows.key):
         rows.read()
     return rows
