@@ -27,7 +27,7 @@ from easylm.errors import InputError
 from easylm.saving import UNFINISHED
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-STEPS, EVERY = 120, 8
+STEPS, EVERY = 60, 4
 KEPT_OF_ALL = 1000
 TOPICS = ("sun", "moon", "rain", "snow", "wind", "sea")
 # A kill waits no longer for a save to begin than runs take; hosts are given up after so long.
