@@ -1,5 +1,6 @@
 """The trace of a few steps, for people who want to see where the time goes."""
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -25,6 +26,8 @@ class Profile:
       last_step: the step the run goes on from, 0 for a new one.
       total_steps: of the run.
       tell: says a line to people.
+    Raises:
+      InputError: this process cannot trace.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Profile:
         self._local = ""  # where the trace under way is to be written
         if not config.steps or config.last <= last_step:
             return
+        _check_profiler()
         first, last = max(config.first, last_step + 1), min(config.last, total_steps)
         self._steps = range(first, last + 1)
         if config.last > total_steps:
@@ -127,3 +131,13 @@ def _how_to_open(folder: str) -> str:
         f"to see it: {copied}`pip install xprof` and `xprof --logdir={folder}`, or give its "
         "perfetto_trace.json.gz to https://ui.perfetto.dev"
     )
+
+
+def _check_profiler() -> None:
+    """Refuses the profiler of a libtpu that found no TPU: it ends the process."""
+    asked = not jax.config.jax_platforms or "tpu" in jax.config.jax_platforms.split(",")
+    if asked and jax.default_backend() != "tpu" and importlib.util.find_spec("libtpu"):
+        raise InputError(
+            "profile.steps: libtpu is installed, which cannot trace where there is no TPU; wanted "
+            f"JAX_PLATFORMS={jax.default_backend()} in the environment, so that it is left alone"
+        )

@@ -1,6 +1,9 @@
 """The trace of a few steps: which are in it, where it lies, and when there is none."""
 
+import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 
 import jax
@@ -94,6 +97,22 @@ def test_the_trace_holds_the_steps_asked_for_by_number(tmp_path, steps, last_ste
 def test_there_may_be_nothing_to_trace(tmp_path, steps, last_step, expected):
     assert run(tmp_path, steps, last_step=last_step) == expected
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_libtpu_without_a_tpu_is_kept_from_tracing(tmp_path):
+    """It ends the process with SIGSEGV; seen with libtpu 0.0.51."""
+    pytest.importorskip("libtpu")
+    trace = (
+        "from easylm.trainers.options import ProfileConfig\n"
+        "from easylm.trainers.profile import Profile\n"
+        "steps = ProfileConfig(steps='1:2')\n"
+        f"Profile(steps, {str(tmp_path)!r}, last_step=0, total_steps=3, tell=print)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    result = subprocess.run(
+        [sys.executable, "-c", trace], env=environment, capture_output=True, text=True
+    )
+    assert "wanted JAX_PLATFORMS=cpu in the environment" in result.stderr
 
 
 def test_steps_beyond_the_end_are_said(tmp_path):
