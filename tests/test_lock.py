@@ -84,7 +84,6 @@ def test_a_workdir_in_which_nothing_can_be_made_is_refused(tmp_path):
 @pytest.fixture
 def workdir(monkeypatch):
     monkeypatch.setattr(lock, "RENEW_SECONDS", 0.2)
-    monkeypatch.setattr(lock, "SILENCE_SECONDS", 2.0)
     with bucket.running_bucket() as root:
         yield f"{root}/run"
 
@@ -105,7 +104,8 @@ def test_in_a_bucket_a_second_run_is_refused_while_the_first_renews_its_lock(wor
         pass
 
 
-def test_in_a_bucket_the_lock_of_a_killed_run_passes(workdir, capsys):
+def test_in_a_bucket_the_lock_of_a_killed_run_passes(workdir, capsys, monkeypatch):
+    monkeypatch.setattr(lock, "SILENCE_SECONDS", 2.0)
     left_behind(workdir, host="another")
     started = time.monotonic()
     with alone_in(workdir):
