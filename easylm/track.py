@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import os
 import secrets
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -83,13 +82,20 @@ class TensorBoard:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self._folder = f"{workdir.rstrip('/')}/tensorboard"
-        self._local = tempfile.mkdtemp() if storage.is_bucket(workdir) else self._folder
-        with storage.explained(self._folder):
-            os.makedirs(self._local, exist_ok=True)
-            self._file = EventsWriter(f"{self._local}/events", f".{last_step}")
+        self._in_bucket = storage.is_bucket(workdir)
+        with storage.explained(self._folder), contextlib.ExitStack() as scratch:
+            local = self._folder
+            if self._in_bucket:
+                local = scratch.enter_context(tempfile.TemporaryDirectory())
+            os.makedirs(local, exist_ok=True)
+            self._file = EventsWriter(f"{local}/events", f".{last_step}")
+            if self._in_bucket:
+                # Without a name it leaves no trace on the disk, however this process ends.
+                (self._name,) = os.listdir(local)
+                self._read = storage.open_to_read(f"{local}/{self._name}")
             restart = SessionLog(status=SessionLog.START)
             self._file.write_event(Event(step=last_step + 1, session_log=restart))
-            self.store()
+        self.store()
 
     def write(self, record: Record) -> None:
         """As `Tracker.write`."""
@@ -112,17 +118,16 @@ class TensorBoard:
         self.store()
         with storage.explained(self._folder):
             self._file.close()
-        if self._local != self._folder:
-            shutil.rmtree(self._local)
+        if self._in_bucket:
+            self._read.close()
 
     def store(self) -> None:
         """As `Tracker.store`."""
         with storage.explained(self._folder):
             self._file.flush()
-        if self._local != self._folder:
-            (name,) = os.listdir(self._local)
-            data = storage.read_bytes(f"{self._local}/{name}")
-            storage.write_bytes(f"{self._folder}/{name}", data)
+        if self._in_bucket:
+            self._read.seek(0)
+            storage.write_bytes(f"{self._folder}/{self._name}", self._read.read())
         self._stored = time.monotonic()
 
 
