@@ -111,7 +111,8 @@ CALLS = {
     "no workdir": (["--config=sft/quickstart"], "--workdir: not given; wanted a folder"),
     "a word too many": (
         ["--config=CONFIG", "--workdir=W", "data.seq_len=5"],
-        "data.seq_len: no such option; wanted --config, --workdir, --help or --config.FIELD=VALUE. "
+        "data.seq_len: no such option; wanted --config, --workdir, --coordinator, "
+        "--processes, --process, --help or --config.FIELD=VALUE. "
         "Did you mean --config.data.seq_len?",
     ),
     "a config with a typing error": (
