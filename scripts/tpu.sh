@@ -63,8 +63,8 @@ quote() { # words, for a shell to read
 
 options_of() { # verb
   case "$1" in
-    create) echo "$COMMON --type= --spot --queued --runtime-version= --service-account= --network=" \
-      "--subnetwork=" ;;
+    create) echo "$COMMON --type= --spot --queued --runtime-version= --service-account=" \
+      "--network= --subnetwork=" ;;
     setup) echo "$COMMON $OF_SETUP" ;;
     run) echo "$COMMON --keep-going $OF_SETUP" ;;
     logs) echo "$COMMON --worker= -f" ;;
@@ -193,7 +193,8 @@ on_hosts() { # a number or all, function of tpu_host.sh, its arguments
   shift
   # A connection that hangs is one that ended.
   tpu tpu-vm ssh "$NAME" --worker="$worker" --ssh-flag=-oConnectTimeout=15 \
-    --ssh-flag=-oServerAliveInterval=15 --ssh-flag=-oServerAliveCountMax=4 --command="bash easylm_host.sh $(quote "$@")"
+    --ssh-flag=-oServerAliveInterval=15 --ssh-flag=-oServerAliveCountMax=4 \
+    --command="bash easylm_host.sh $(quote "$@")"
 }
 
 create_slice() {
@@ -233,7 +234,8 @@ look() {
 }
 
 queue_state() {
-  if ! tpu queued-resources describe "${QUEUED:-$NAME}" --format='value(state.state)' 2>"$TMP/errors"; then
+  local queue=${QUEUED:-$NAME}
+  if ! tpu queued-resources describe "$queue" --format='value(state.state)' 2>"$TMP/errors"; then
     grep -qi 'not.found' "$TMP/errors" && echo MISSING || echo UNKNOWN
   fi
 }
@@ -305,7 +307,8 @@ pack() {
   if [ -n "$tree" ]; then
     REVISION="$REVISION-changed-$(git -C "$HERE" rev-parse --short=8 "$tree^{tree}")"
   fi
-  local archive=(git -C "$HERE/.." archive --format=tar.gz --output="$TMP/easylm.tgz" "${tree:-HEAD}")
+  local archive=(git -C "$HERE/.." archive --format=tar.gz --output="$TMP/easylm.tgz")
+  archive+=("${tree:-HEAD}")
   if [ -n "$DRY" ]; then quote "${archive[@]}" >&3 && echo >&3; else "${archive[@]}"; fi
 }
 
@@ -327,19 +330,21 @@ set_up() {
 
 # Has all hosts answer, and ends unless all $HOSTS answers are the same, and those wanted.
 check_hosts() { # versions or devices, what is wanted
-  local answers="$TMP/$1" kinds
+  local answers="$TMP/$1" kinds first
   on_hosts all "$1" "$HOSTS" >"$TMP/answers" || return 1
   if [ -n "$DRY" ]; then return 0; fi
   grep '^easylm-host|' "$TMP/answers" | sort -t '|' -k 2n >"$answers"
   [ "$(wc -l <"$answers")" -eq "$HOSTS" ] ||
     end 1 "$1: $(wc -l <"$answers") of $HOSTS hosts answered"
-  kinds=$(cut -d '|' -f 4 "$answers" | sort | uniq -c)
+  kinds=$(cut -d '|' -f 4 "$answers" | sort -u)
+  first=$(head -n 1 "$answers" | cut -d '|' -f 4)
   if [ "$(wc -l <<<"$kinds")" -ne 1 ] ||
-    { [ "$1" = devices ] && [ "$(cut -d '|' -f 4 "$answers" | head -n 1)" != "${2%% *}" ]; }; then
+    { [ "$1" = devices ] && [ "$first" != "${2%% *}" ]; }; then
     awk -F '|' '{ print "  host " $2 " (" $3 "): " $4 }' "$answers" >&2
     end 1 "$1: the hosts do not fit together; wanted $2"
   fi
-  say "$HOSTS hosts: $(cut -d '|' -f 4 "$answers" | head -n 1)$([ "$1" = versions ] || echo ' devices')"
+  if [ "$1" = devices ]; then first="$first devices"; fi
+  say "$HOSTS hosts: $first"
 }
 
 logs() {

@@ -129,9 +129,9 @@ report() {
   if [ -f run/stopped ]; then stopped=stopped; fi
   if [ -f run/offset ]; then size=$(($(wc -c <run/log) - $(cat run/offset))); fi
   if [ -f run/log ]; then
-    last=$(tail -c 4000 run/log | tr '\r' '\n' | grep -v '^[[:space:]]*$' | tail -n 1 | cut -c 1-120)
+    last=$(tail -c 4000 run/log | tr '\r' '\n' | awk 'NF { last = $0 } END { print last }')
   fi
-  answer "$state" "$(cat revision 2>/dev/null || true)" "$stopped" "$size" "$last"
+  answer "$state" "$(cat revision 2>/dev/null || true)" "$stopped" "$size" "${last:0:120}"
 }
 
 follow() { # bytes of the run's log that were shown, seconds

@@ -154,7 +154,8 @@ bring_up() {
 # Replaces a slice that is gone.
 create_again() {
   local queue
-  [ -n "$SPOT" ] || end "$LOST_CODE" "$NAME is $STATE, and no spot slice; create it again, or another"
+  [ -n "$SPOT" ] ||
+    end "$LOST_CODE" "$NAME is $STATE, and no spot slice; create it again, or another"
   if [ -z "$QUEUED" ]; then
     [ "$STATE" = MISSING ] || tpu tpu-vm delete "$NAME" || return 0
   else

@@ -150,6 +150,7 @@ class FakeCloud:
         """Of a process that finds this gcloud, and a slice named there."""
         return {
             "HOME": str(self.folder),
+            "TMPDIR": str(self.folder),
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
             "FAKE": str(self.folder),
             "NAME": "pod",
