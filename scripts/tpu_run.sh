@@ -127,9 +127,8 @@ keep_going() {
 }
 
 newest_step() { # of the complete checkpoints; -1 where there is none
-  cloud storage ls "$WORKDIR/checkpoints/*/commit_success.txt" 2>/dev/null |
-    sed -n 's|.*/checkpoints/\([0-9]*\)/commit_success.txt$|\1|p' | sort -n | tail -n 1 |
-    grep . || echo -1
+  { cloud storage ls "$WORKDIR/checkpoints/*/commit_success.txt" 2>/dev/null || true; } |
+    awk -F / 'BEGIN { most = -1 } $(NF - 1) + 0 > most { most = $(NF - 1) + 0 } END { print most }'
 }
 
 # Waits for the slice, and makes it as it was at the start. Returns 1 where that was in vain.
