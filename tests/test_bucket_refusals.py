@@ -87,3 +87,17 @@ def test_it_is_said_at_once_with_the_path_and_the_usual_cause(folder, proxy, nam
     assert "\n" not in message
     assert len(proxy.requests) < 20
     assert not (folder / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_bucket_that_may_only_be_read_is_refused_before_the_work(folder, proxy, capfd, name):
+    proxy.requests.clear()
+    proxy.always, proxy.only = 403, "POST"
+    try:
+        with pytest.raises(InputError, match="role Storage Object Admin"):
+            WRITTEN[name](folder, "gs://tests/x", name)
+    finally:
+        proxy.only = ""
+    assert sum(method == "POST" for method, _ in proxy.requests) == 1
+    said = capfd.readouterr().err  # of the weights, or of preparing data
+    assert f"{folder / 'hf'}: " not in said and "encode:" not in said
