@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from easylm.checkpoint import (
+    UNFINISHED,
     absolute,
     abstract_params_in,
     arrays,
@@ -24,7 +25,6 @@ from easylm.checkpoint import (
     read_state,
 )
 from easylm.errors import InputError
-from easylm.saving import UNFINISHED
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS, EVERY = 60, 4

@@ -7,6 +7,7 @@ run are written by easylm/saving.py.
 
 import base64
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from easylm.patience import patient_loops
 
 FORMAT = "easylm-1"
 _BUNDLE_FIELDS = ("model_config", "run_config", "tokenizer")
+# How the name ends of a folder on a disk until it is complete, as Orbax has it.
+UNFINISHED = ".orbax-checkpoint-tmp"
 # How tensorstore's errors of a bucket begin that stay the same when asked again.
 _REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "NOT_FOUND", "INVALID_ARGUMENT")
 
@@ -149,19 +152,20 @@ def write_params(target: str, params: dict, bundle: dict) -> None:
 
     Raises:
       InputError: the target exists or cannot be written.
+      UnavailableError: its bucket did not take it, but may later.
     """
     if storage.exists(target):
         raise InputError(f"{target}: exists; wanted a new folder")
-    checkpointer = ocp.Checkpointer(
-        ocp.CompositeCheckpointHandler(params=arrays(), bundle=ocp.JsonCheckpointHandler())
-    )
-    with failure_named(target), contextlib.closing(checkpointer):
-        checkpointer.save(
-            absolute(target),
-            args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(params), bundle=ocp.args.JsonSave(bundle)
-            ),
-        )
+    checkpointer = ocp.Checkpointer(items(params=arrays()))
+    args = ocp.args.Composite(params=ocp.args.PyTreeSave(params), bundle=ocp.args.JsonSave(bundle))
+    try:
+        with failure_named(target), failures_unlogged(), contextlib.closing(checkpointer):
+            checkpointer.save(absolute(target), args=args)
+    except BaseException:
+        rest = target if storage.is_bucket(target) else f"{target}{UNFINISHED}"
+        if storage.exists(rest):
+            storage.remove_folder(rest)
+        raise
 
 
 def _read(step_folder: str, item: str, abstract):
@@ -191,6 +195,19 @@ def _leaves(tree) -> list:
 def _name(path) -> str:
     # Orbax keeps tuples as lists and named tuples as dicts: only the last parts of keys agree.
     return "/".join(jax.tree_util.keystr((key,)).strip("[].'") for key in path)
+
+
+# Where a folder cannot be made, threads that wait for it would do so for minutes.
+ASYNC_OPTIONS = ocp.AsyncOptions(create_directories_asynchronously=False)
+
+
+def items(**handlers: ocp.CheckpointHandler) -> ocp.CompositeCheckpointHandler:
+    """What writes a step folder: these items, and `bundle`."""
+    return ocp.CompositeCheckpointHandler(
+        bundle=ocp.JsonCheckpointHandler(),
+        composite_options=ocp.CompositeOptions(async_options=ASYNC_OPTIONS),
+        **handlers,
+    )
 
 
 def arrays() -> ocp.PyTreeCheckpointHandler:
@@ -254,6 +271,22 @@ def failure_named(target: str) -> Iterator[None]:
         may_pass = storage.is_bucket(target) and not str(error).startswith(_REFUSALS)
         kind = UnavailableError if may_pass else InputError
         raise kind(f"{target}: cannot be written: {reason}") from error
+
+
+@contextlib.contextmanager
+def failures_unlogged() -> Iterator[None]:
+    """Within it Orbax and its threads do not print what they raise as well."""
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_wanted)
+    try:
+        with patient_loops():
+            yield
+    finally:
+        logger.removeFilter(is_wanted)
 
 
 def _is_of_storage(error: Exception) -> bool:

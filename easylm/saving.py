@@ -1,7 +1,6 @@
 """Saves the checkpoints of a run, beside its training."""
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -11,14 +10,20 @@ import jax
 import orbax.checkpoint as ocp
 
 from easylm import storage
-from easylm.checkpoint import absolute, arrays, failure_named, steps
+from easylm.checkpoint import (
+    ASYNC_OPTIONS,
+    UNFINISHED,
+    absolute,
+    arrays,
+    failure_named,
+    failures_unlogged,
+    items,
+    steps,
+)
 from easylm.command import say
 from easylm.errors import InputError, UnavailableError
-from easylm.patience import patient_loops
 from easylm.workdir import COMPLETE
 
-# How the name ends of a folder on a disk until it is complete, as Orbax has it.
-UNFINISHED = ".orbax-checkpoint-tmp"
 SAID_AFTER_SECONDS = 2
 
 
@@ -61,20 +66,13 @@ class Checkpointer:
         self._is_first = jax.process_index() == 0
         if self._is_first:
             _remove_unfinished(self._folder)
-        # Where a folder cannot be made, threads that wait for it would do so for minutes.
-        options = ocp.AsyncOptions(create_directories_asynchronously=False)
-        items = ocp.CompositeCheckpointHandler(
-            params=arrays(),
-            opt_state=arrays(),
-            bundle=ocp.JsonCheckpointHandler(),
-            composite_options=ocp.CompositeOptions(async_options=options),
+        self._writer = ocp.AsyncCheckpointer(
+            items(params=arrays(), opt_state=arrays()), async_options=ASYNC_OPTIONS
         )
-        self._writer = ocp.AsyncCheckpointer(items, async_options=options)
         self._threads = ThreadPoolExecutor(1, "after_save")
         self._under_way: Future | None = None
         self._until_closed = contextlib.ExitStack()
-        self._until_closed.enter_context(patient_loops())
-        self._until_closed.enter_context(_failures_unlogged())
+        self._until_closed.enter_context(failures_unlogged())
 
     def save(self, step: int, params: dict, opt_state, bundle: dict) -> None:
         """Starts saving; returns as soon as the arrays may be overwritten.
@@ -166,18 +164,3 @@ def _what_to_do_said() -> Iterator[None]:
             f"{error}. This checkpoint is lost, what was saved before stays: mend what is wrong, "
             "or make room, and start the same command again"
         ) from error
-
-
-@contextlib.contextmanager
-def _failures_unlogged() -> Iterator[None]:
-    """Within it Orbax does not print the tracebacks of what it raises as well."""
-
-    def is_wanted(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and "orbax" in record.pathname)
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(is_wanted)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_wanted)

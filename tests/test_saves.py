@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint._src.serialization import replica_slices, serialization
 
 from easylm import storage
-from easylm.checkpoint import latest_step, read_params
+from easylm.checkpoint import latest_step, read_params, write_params
 from easylm.errors import InputError
 from easylm.saving import Checkpointer
 from easylm.sharding import make_mesh
@@ -182,6 +182,16 @@ def test_a_save_that_fails_ends_the_run_at_the_next_step(tmp_path, capfd):
                 time.sleep(0.01)
     run.close()
     assert latest_step(str(tmp_path)) == 10
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_conversion_that_fails_leaves_nothing(tmp_path, capfd):
+    with (
+        small_files_only(),
+        pytest.raises(InputError, match=r"new: cannot be written: File too large"),
+    ):
+        write_params(str(tmp_path / "new"), after(0), {})
+    assert os.listdir(tmp_path) == []
     assert "Traceback" not in capfd.readouterr().err
 
 
