@@ -13,7 +13,8 @@ from typing import Any
 
 import aiohttp
 import fsspec
-from gcsfs.core import GCSFileSystem
+from fsspec import asyn
+from gcsfs.core import GCSFileSystem, initiate_upload
 from gcsfs.retry import ChecksumError, HttpError, is_retriable
 from google.auth.exceptions import GoogleAuthError, TransportError
 
@@ -66,6 +67,73 @@ class PatientBucket(GCSFileSystem):
             # Not all hosts of a pod at the same moment.
             await asyncio.sleep(pause * random.uniform(0.5, 1))
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+class Upload:
+    """An object that is being written: it is there when this is closed, and not before.
+
+    The file of gcsfs makes an object of what it has got when an error leaves its block, or when it
+    is forgotten. And where a request fails, it leaves views of its buffer to the garbage collector,
+    by which Python before 3.12.7 crashes (gh-77894).
+
+    Args:
+      filesystem: of the bucket.
+      path: of the object.
+      block_size: bytes sent at once, a multiple of 256 KiB; a smaller object is one request.
+    """
+
+    def __init__(self, filesystem: GCSFileSystem, path: str, block_size: int):
+        self._filesystem, self._path, self._block_size = filesystem, path, block_size
+        self._waiting = bytearray()
+        self._sent = 0
+        self._session = ""
+
+    def write(self, data: Any) -> int:
+        """Adds bytes, or what has them."""
+        before = len(self._waiting)
+        self._waiting += data
+        added = len(self._waiting) - before
+        while len(self._waiting) > self._block_size:
+            self._send(self._block_size, "*")
+        return added
+
+    def close(self) -> None:
+        """Sends the rest."""
+        if not self._session:
+            self._filesystem.pipe_file(self._path, bytes(self._waiting))
+            return
+        total = self._sent + len(self._waiting)
+        while self._waiting:
+            self._send(len(self._waiting), str(total))
+
+    def _send(self, size: int, total: str) -> None:
+        # https://cloud.google.com/storage/docs/performing-resumable-uploads
+        if not self._session:
+            bucket, name, _ = self._filesystem.split_path(self._path)
+            self._session = asyn.sync(
+                self._filesystem.loop, initiate_upload, self._filesystem, bucket, name
+            )
+        headers, answer = self._filesystem.call(
+            "PUT",
+            self._session,
+            headers={"Content-Range": f"bytes {self._sent}-{self._sent + size - 1}/{total}"},
+            data=bytes(self._waiting[:size]),
+        )
+        kept = self._sent + size
+        if not answer:  # which describes an object that is whole; until then there is this header
+            kept = int(headers["Range"].rpartition("-")[2]) + 1 if "Range" in headers else 0
+        if kept <= self._sent:
+            raise OSError(f"the bucket has forgotten what was sent after byte {kept}")
+        del self._waiting[: kept - self._sent]
+        self._sent = kept
+
+    def __enter__(self) -> "Upload":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Google forgets what has come of an upload that is not finished after a week.
+        if kind is None:
+            self.close()
 
 
 # Without the repetitions of gcsfs, of which there are six.

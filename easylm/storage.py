@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -205,48 +205,15 @@ def open_to_read(path: str) -> BinaryIO:
 def open_to_write(path: str) -> BinaryIO:
     """Opens a new file for bytes; one in a bucket appears whole, when it is closed.
 
-    It does not appear where the `with` block of the file raises, or it is never closed. Wrap what
-    writes to it in `explained`: a full disk or a refusing bucket shows only then.
+    It does not appear where the `with` block of the file raises, or if it is never closed. Wrap
+    what writes to it in `explained`: a full disk or a refusing bucket shows only then.
     """
     with explained(path):
         if is_bucket(path):
-            return _Upload(_bucket().open(path, "wb", block_size=UPLOAD_BYTES))
+            from easylm.bucket import Upload
+
+            return Upload(_bucket(), path, UPLOAD_BYTES)
         return open(os.path.expanduser(path), "wb")
-
-
-class _Upload:
-    """An object that is being written.
-
-    The file of gcsfs, left to itself, makes an object of what it has got when it is forgotten or
-    an error leaves its block.
-    """
-
-    def __init__(self, file: Any):
-        self._file = file
-
-    def write(self, data: Any) -> int:
-        return self._file.write(data)
-
-    def close(self) -> None:
-        try:
-            self._file.close()
-        finally:
-            self._give_up()
-
-    def _give_up(self) -> None:
-        self._file.closed = True  # Google forgets what has come of an upload after a week
-
-    def __enter__(self) -> "_Upload":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._give_up()
-
-    def __del__(self):
-        self._give_up()
 
 
 def write_bytes(path: str, data: bytes) -> None:

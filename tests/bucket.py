@@ -110,6 +110,9 @@ class _Handler(RequestHandler):
     def do_POST(self):
         self._answer(super().do_POST)
 
+    def do_PUT(self):
+        self._answer(super().do_PUT)
+
     def do_DELETE(self):
         self._answer(super().do_DELETE)
 
