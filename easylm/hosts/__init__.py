@@ -65,7 +65,6 @@ def join(place: Place | None) -> bool:
         return False
     import jax
 
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     known, where = {}, "the first host of this slice"
     if place is not None:
         where = f"{place.coordinator}, {place.count} hosts in all"
