@@ -1,5 +1,6 @@
 """The one process boundary: what a command's exceptions mean to the shell."""
 
+import contextlib
 import os
 import select
 import sys
@@ -33,7 +34,11 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         code, message = explained_exit(error)
         say(wrap(message))
     except KeyboardInterrupt:
-        code = INTERRUPTED_CODE
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+        # At once: Python would wait for threads, and those of a save can take minutes. What they
+        # have written is no checkpoint.
+        os._exit(INTERRUPTED_CODE)
     except BrokenPipeError:
         if not _reader_has_left():
             raise

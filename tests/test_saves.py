@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import resource
+import signal
 import threading
 import time
 
@@ -28,6 +29,7 @@ from easylm.trainers.save import Saver
 from easylm.trainers.step import TrainState
 from easylm.workdir import has_checkpoints
 from tests import bucket
+from tests.runs import start
 
 LARGE = 1 << 20
 FEW = {"a": jnp.arange(5.0)}
@@ -217,6 +219,42 @@ def test_a_save_under_way_is_finished_whatever_ends_the_run(
         raise error
     assert "finishing the checkpoint" in capfd.readouterr().err
     assert same_bits(read(tmp_path, 1, state), state) == dict.fromkeys(state, True)
+
+
+INTERRUPTED = """\
+import sys, threading
+import jax.numpy as jnp
+from orbax.checkpoint._src.serialization import serialization
+from easylm.command import run_command
+from easylm.saving import Checkpointer
+
+async def never(*args, **kwargs):
+    threading.Event().wait()
+
+def main(argv):
+    x = {"a": jnp.ones(5)}
+    checkpointer = Checkpointer(argv[0], keep=2)
+    checkpointer.save(1, x, x, {})
+    checkpointer.save(2, x, x, {})
+    serialization.async_serialize_from_host = never
+    checkpointer.save(3, x, x, {})
+    print("saving", flush=True)
+    checkpointer.close()
+
+run_command(main)
+"""
+
+
+def test_ctrl_c_discards_the_save_that_is_waited_for(tmp_path):
+    process = start([str(tmp_path)], program=("-c", INTERRUPTED))
+    assert process.stdout.readline() == "saving\n", process.communicate()[1]
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in printed
+    assert latest_step(str(tmp_path)) == 2
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2", "3.orbax-checkpoint-tmp"]
 
 
 def test_what_was_cut_off_is_removed_and_the_newest_stay(tmp_path):
