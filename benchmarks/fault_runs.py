@@ -17,9 +17,7 @@ from safetensors.numpy import load_file
 
 from easylm.checkpoint import (
     UNFINISHED,
-    absolute,
-    abstract_params_in,
-    arrays,
+    abstract_state_in,
     latest_step,
     read_bundle,
     read_state,
@@ -293,10 +291,9 @@ def read_checkpoint(workdir: pathlib.Path, step: int) -> dict[str, bytes]:
     if read_bundle(folder)["step"] != step:
         raise InputError(f"{folder}: is of another step")
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    optimizer = arrays().metadata(absolute(f"{folder}/opt_state")).tree
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-        (abstract_params_in(folder), optimizer),
+        abstract_state_in(folder),
     )
     state = read_state(folder, *abstract)
     leaves = jax.tree_util.tree_leaves_with_path(state)

@@ -187,7 +187,8 @@ def torture_all(undisturbed: Undisturbed, runs: int, seed: int) -> Tally:
         say(
             f"{task.name} {number + 1}/{runs}: {counts['kills']} kills, "
             f"{counts['kills_in_saves']} of them in saves, {counts['starts']} starts, "
-            f"{tally.differing.total()} differences; {each * (runs - number - 1) / 60:.0f} min left"
+            f"{tally.differing.total()} differences, survivors' codes {dict(tally.codes)}; "
+            f"{each * (runs - number - 1) / 60:.0f} min left"
         )
     return tally
 

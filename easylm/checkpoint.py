@@ -119,8 +119,17 @@ def read_bundle(step_folder: str) -> dict:
 
 def abstract_params_in(step_folder: str) -> dict:
     """The parameters of a step folder as jax.ShapeDtypeStruct, nothing read but their shapes."""
-    with _damage_named(step_folder, "params"):
-        stored = arrays().metadata(absolute(f"{step_folder}/params")).tree
+    return _abstract(step_folder, "params")
+
+
+def abstract_state_in(step_folder: str) -> tuple:
+    """The same of the parameters and the optimizer's state, whose tuples are lists."""
+    return _abstract(step_folder, "params"), _abstract(step_folder, "opt_state")
+
+
+def _abstract(step_folder: str, item: str):
+    with _damage_named(step_folder, item):
+        stored = arrays().metadata(absolute(f"{step_folder}/{item}")).tree
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
 
 
