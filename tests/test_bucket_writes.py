@@ -116,7 +116,7 @@ def test_a_copy_on_the_disk_is_read_in_blocks(root, hasty, tmp_path, monkeypatch
 def test_what_takes_long_is_said_once(root, capsys, monkeypatch):
     monkeypatch.setattr(easylm.bucket, "SAID_AFTER_SECONDS", 0.2)
     monkeypatch.setattr(easylm.bucket, "PATIENCE_SECONDS", 120.0)
-    with running_proxy(0, {503: 0.9, DELAY: 0.1}):
+    with running_proxy(0, {503: 0.6, DELAY: 0.4}):
         monkeypatch.setattr(easylm.bucket, "_LONGEST_PAUSE", 0.1)
         storage.write_bytes(f"{root}/slow", b"1")
         assert storage.read_bytes(f"{root}/slow") == b"1"
