@@ -59,7 +59,7 @@ def ask_reference(
     """
     path = f"{workdir}/reference.npz"
     ids = np.concatenate([of_source.ids for of_source in pairs.values()])
-    if has_checkpoints(workdir):
+    if hosts.on_first("looking for checkpoints", lambda: has_checkpoints(workdir)):
         return _table_of_the_run(path, pairs), policy.load
     asked = reference or policy
     check_mesh(asked.config, mesh)

@@ -118,6 +118,16 @@ def parse_config(
     return from_config_dict(config_class, config), _values(named, own)
 
 
+def own_options(argv: Sequence[str], own: Mapping[str, Flag]) -> dict:
+    """The values of a command's own options by name, whatever else is wrong with its arguments.
+
+    Raises:
+      InputError: one of them has no value, or one of another kind.
+    """
+    named, _ = _split(argv, own)
+    return _values(named, own)
+
+
 def choose_class(argv: Sequence[str], config_classes: Sequence[type]) -> type:
     """Which of several classes the file that `--config` names fills; the first where none does.
 

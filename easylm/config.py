@@ -196,19 +196,21 @@ def read_json(path: str) -> dict:
     return values
 
 
-def difference(old: dict, new: dict, path: str = "config") -> list[str]:
+def difference(
+    old: dict, new: dict, path: str = "config", *, words: tuple[str, str] = ("before", "now")
+) -> list[str]:
     """What differs between two configs, given as by `dataclasses.asdict`, sorted by path.
 
-    One line for each field, such as "config.steps: 10 before, 20 now".
+    One line for each field, such as "config.steps: 10 before, 20 now"; `words` name the two.
     """
     lines = []
     for name in sorted(old.keys() | new.keys()):
         here = f"{path}.{name}"
         before, now = old.get(name, "absent"), new.get(name, "absent")
         if isinstance(before, dict) and isinstance(now, dict):
-            lines += difference(before, now, here)
+            lines += difference(before, now, here, words=words)
         elif before != now:
-            lines.append(f"{here}: {before} before, {now} now")
+            lines.append(f"{here}: {before} {words[0]}, {now} {words[1]}")
     return lines
 
 

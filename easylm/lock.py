@@ -45,9 +45,10 @@ def alone_in(workdir: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(workdir: str) -> Iterator[None]:
-    path = os.path.join(os.path.expanduser(workdir), NAME)
+    folder = os.path.expanduser(workdir)
+    path, is_new = os.path.join(folder, NAME), not os.path.exists(folder)
     with storage.explained(workdir):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         file = _open_locked(path, workdir)
         os.truncate(file, 0)
         os.write(file, json.dumps(_holder()).encode())
@@ -56,6 +57,9 @@ def _locked(workdir: str) -> Iterator[None]:
     finally:
         with contextlib.suppress(FileNotFoundError):  # whoever removes the workdir has its reasons
             os.unlink(path)
+        if is_new:
+            with contextlib.suppress(OSError):  # of a run that has left something
+                os.rmdir(folder)
         os.close(file)
 
 

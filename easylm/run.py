@@ -14,7 +14,6 @@ from easylm.command import say
 from easylm.data.batches import BatchStream
 from easylm.errors import InputError
 from easylm.finish import Exporter, say_how_to_chat
-from easylm.lock import alone_in
 from easylm.models.llama.config import LlamaConfig
 from easylm.plots import plot_lengths, plot_loss
 from easylm.tokenizer import tokenizer_files
@@ -55,36 +54,34 @@ def run(
     files = tokenizer_files(tokenizer)
     bundle = make_bundle(model.to_hf(config.param_dtype), files, dataclasses.asdict(config))
     bundle["data"] = {**data, "examples": stream.num_examples, "steps": len(stream)}
-    hosts.check_same("the data", bundle["data"])
-    alone = alone_in(workdir) if hosts.is_first() else contextlib.nullcontext()
-    with alone:
-        export = Exporter(config, workdir, model, files, total_steps=len(stream))
-        try:
-            params = fit(
-                config,
-                model=model,
-                mesh=mesh,
-                objective=objective,
-                stream=stream,
-                eval_stream=eval_stream,
-                load_params=load_params,
-                export=export,
-                bundle=bundle,
-                workdir=workdir,
-            )
-        except FloatingPointError:
-            # They show how the loss got there, if they can.
-            with contextlib.suppress(InputError):
-                if hosts.is_first():
-                    _draw(plots, workdir)
-            raise
-        folder = export(len(stream), params)
-        if hosts.is_first():
-            _draw(plots, workdir)
-            picture = f"{workdir}/plots/lengths.png"
-            plot_lengths(lengths, config.data.seq_len, picture, objective.noun)
-            say(f"plots are in {workdir}/plots")
-            say_how_to_chat(folder)
+    hosts.check_same("data", bundle["data"])
+    export = Exporter(config, workdir, model, files, total_steps=len(stream))
+    try:
+        params = fit(
+            config,
+            model=model,
+            mesh=mesh,
+            objective=objective,
+            stream=stream,
+            eval_stream=eval_stream,
+            load_params=load_params,
+            export=export,
+            bundle=bundle,
+            workdir=workdir,
+        )
+    except FloatingPointError:
+        # They show how the loss got there, if they can.
+        with contextlib.suppress(InputError):
+            if hosts.is_first():
+                _draw(plots, workdir)
+        raise
+    folder = export(len(stream), params)
+    if hosts.is_first():
+        _draw(plots, workdir)
+        picture = f"{workdir}/plots/lengths.png"
+        plot_lengths(lengths, config.data.seq_len, picture, objective.noun)
+        say(f"plots are in {workdir}/plots")
+        say_how_to_chat(folder)
 
 
 def _draw(plots: Sequence[Callable[[str], str]], workdir: str) -> None:

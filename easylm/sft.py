@@ -17,6 +17,7 @@ from easylm.data.show import format_example
 from easylm.hosts.command import run_on_hosts
 from easylm.models.llama.config import LlamaConfig
 from easylm.start import (
+    alone_in_workdir,
     batch_rows,
     load_params,
     model_config,
@@ -39,7 +40,20 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> None:
     """Trains, then writes the model as a Hugging Face folder to WORKDIR/hf."""
     config, workdir = parse_run(argv, SftConfig, __doc__)
-    going_on = holds_same_run(config, workdir)
+    going_on = hosts.on_first(
+        "looking for a run to go on with", lambda: holds_same_run(config, workdir)
+    )
+    with alone_in_workdir(workdir):
+        start(config, workdir, going_on)
+
+
+def start(config: SftConfig, workdir: str, going_on: bool) -> None:
+    """All that comes before the devices, where most that is wrong shows; then trains.
+
+    Args:
+      config, workdir: of the run.
+      going_on: whether there is a checkpoint to go on from.
+    """
     if hosts.is_first():
         check_trackers(tensorboard=config.tensorboard, wandb=config.wandb)
     # The data comes first: it is what is wrong most often, and is checked in seconds.

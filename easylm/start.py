@@ -3,18 +3,26 @@
 Commands share it. jax loads with the weights, after everything that can be wrong with the data.
 """
 
+import contextlib
 import dataclasses
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from easylm import hosts, storage
+from easylm import hosts, lock, storage
 from easylm.chat import check_eos_newline, stop_tokens
 from easylm.command import say
-from easylm.command_line import WORKDIR, CommandLine, choose_class, parse_config, require_workdir
+from easylm.command_line import (
+    WORKDIR,
+    CommandLine,
+    choose_class,
+    own_options,
+    parse_config,
+    require_workdir,
+)
 from easylm.compilation import use_compilation_cache
 from easylm.data.pack import pack
 from easylm.data.prepare import (
@@ -29,9 +37,11 @@ from easylm.data.rows import CONVERSATIONS, Form
 from easylm.data.store import LOCAL_CACHE
 from easylm.errors import InputError
 from easylm.hosts.flags import HOST_FLAGS, parse_place
+from easylm.lock import alone_in
 from easylm.models.llama.config import LlamaConfig
 from easylm.tokenizer import load_tokenizer, require_eos, set_chat_template, train_tokenizer
 from easylm.trainers.config import DpoConfig, RunConfig, SftConfig
+from easylm.workdir import has_checkpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -59,13 +69,12 @@ def parse_run(
     Raises:
       InputError: as `parse_config`, the config is another command's, or other hosts have another.
     """
-    command = _COMMANDS[config_class]
-    found = choose_class(argv, [config_class, *_COMMANDS])
-    if found is not config_class:
-        raise InputError(f"--config: found a config of {_COMMANDS[found]}; wanted one of {command}")
-    own = {**WORKDIR, **HOST_FLAGS}
-    config, named = parse_config(argv, config_class, command, description, usage=_USAGE, own=own)
-    workdir, place = require_workdir(named["workdir"]), parse_place(named)
+    place = parse_place(own_options(argv, HOST_FLAGS))
+    try:
+        config, workdir = _parse(argv, config_class, description)
+    except InputError as error:
+        hosts.meet_to_fail(place, error)
+        raise
     # jax reads it when it loads, which may be as soon as a checkpoint is looked into. XLA_FLAGS is
     # the older way to say it, and goes first.
     if config.cpu_devices and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -73,6 +82,16 @@ def parse_run(
     if hosts.join(place):
         _meet(config, workdir)
     return CommandLine(place_cache(config, workdir), workdir)
+
+
+def _parse(argv: Sequence[str], config_class: type[_Config], description: str) -> CommandLine:
+    command = _COMMANDS[config_class]
+    found = choose_class(argv, [config_class, *_COMMANDS])
+    if found is not config_class:
+        raise InputError(f"--config: found a config of {_COMMANDS[found]}; wanted one of {command}")
+    own = {**WORKDIR, **HOST_FLAGS}
+    config, named = parse_config(argv, config_class, command, description, usage=_USAGE, own=own)
+    return CommandLine(config, require_workdir(named["workdir"]))
 
 
 def _meet(config: RunConfig, workdir: str) -> None:
@@ -84,9 +103,27 @@ def _meet(config: RunConfig, workdir: str) -> None:
     use_compilation_cache(config.compilation_cache)
     hosts.meet()
     versions = {"Python": platform.python_version(), "jax": jax.__version__}
-    hosts.check_same("the versions", {**versions, "jaxlib": jaxlib.__version__})
-    hosts.check_same("the config", dataclasses.asdict(config))
-    hosts.check_same("--workdir", workdir)
+    hosts.check_same("versions", {**versions, "jaxlib": jaxlib.__version__})
+    hosts.check_same("config", dataclasses.asdict(config))
+    going_on = has_checkpoints(workdir)
+    hosts.check_same("--workdir", {"path": workdir, "holds checkpoints": going_on})
+
+
+@contextlib.contextmanager
+def alone_in_workdir(workdir: str) -> Iterator[None]:
+    """Within the block no other run is in the workdir, and all hosts of this one see it.
+
+    Raises:
+      InputError: another run is there, or a host does not see what the first writes there.
+    """
+    with alone_in(workdir) if hosts.is_first() else contextlib.nullcontext():
+        hosts.wait_for_all("taking the workdir")
+        if not storage.exists(f"{workdir}/{lock.NAME}"):
+            raise InputError(
+                f"--workdir: the first host wrote {workdir}/{lock.NAME}, and this host does not "
+                "see it; wanted a folder that all hosts share: gs://BUCKET/FOLDER, or a shared disk"
+            )
+        yield
 
 
 def place_cache(config: _Config, workdir: str) -> _Config:

@@ -114,13 +114,17 @@ def start(
     without: str = "",
     *,
     program: Sequence[str] = ("-m", "easylm.sft"),
+    before: Sequence[str] = (),
     **environment: str,
 ) -> subprocess.Popen:
-    """The command in a process of its own, in the checkout; `without` a variable."""
+    """The command in a process of its own, in the checkout; `without` a variable.
+
+    `before` are the words of a program that is to start it.
+    """
     environment = {**os.environ, **environment}
     environment.pop(without, None)
     return subprocess.Popen(
-        [sys.executable, *program, *arguments],
+        [*before, sys.executable, *program, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -35,6 +35,11 @@ def main(argv):
     index, count, meeting = int(index), int(count), pathlib.Path(os.environ["MEETING"])
     if act == "refuse before joining":
         raise InputError("config.seed: found 'x'; wanted a number")
+    if act == "abort in joining":
+        parent.tell(joining="localhost:1, 2 hosts in all")
+        os.abort()
+    if act == "give the reason first":
+        parent.tell(reason="error: config.seed: found 'x'; wanted a number")
     if act == "miss":
         parent.tell(joining="localhost:1, 2 hosts in all")
         time.sleep(100)
@@ -61,6 +66,8 @@ def main(argv):
         signal.pause()
         raise PreemptedError("stopped after step 7 of 9; the checkpoint is saved")
     time.sleep(0.5)
+    if act == "give the reason first":
+        raise InputError("config.seed: found 'x'; wanted a number")
     if act == "refuse":
         raise InputError("data.sources: found nothing; wanted " + "rows and " * 20)
     if act == "fail":
@@ -134,6 +141,20 @@ def test_hosts_that_others_wait_for_in_vain_are_asked_for(tmp_path):
     ((code, printed),) = Hosts(tmp_path, "miss").ends()
     assert code == 76
     assert "some hosts did not come to localhost:1, 2 hosts in all, within 1 s" in printed
+
+
+def test_hosts_that_cannot_meet_are_told_why(tmp_path):
+    ((code, printed),) = Hosts(tmp_path, "abort in joining").ends()
+    assert code == 1
+    assert "the hosts could not meet at localhost:1, 2 hosts in all: two may have" in printed
+
+
+def test_an_error_from_before_the_hosts_met_is_said_at_once_and_heard_by_all(tmp_path):
+    message = "error: config.seed: found 'x'; wanted a number"
+    found = Hosts(tmp_path, "wait", "give the reason first").ends()
+    assert found[1] == (2, message)
+    assert found[0][0] == 2
+    assert found[0][1].startswith("host 1 of 2 (") and found[0][1].endswith(message)
 
 
 def test_without_others_nobody_is_waited_for(tmp_path):
@@ -239,6 +260,33 @@ def test_told_twice_it_ends_at_once(tmp_path, number, code):
 
 
 @pytest.mark.slow
+def test_a_process_that_hangs_is_blamed_for_the_end_of_another(tmp_path):
+    """jax aborts the others when one does not answer any more."""
+    hosts = Hosts(tmp_path, "wait", "wait")
+    hanging, other = hosts.child(1), hosts.child(0)
+    os.kill(hanging, signal.SIGSTOP)
+    time.sleep(24)
+    os.kill(other, signal.SIGABRT)
+    for code, printed in hosts.ends():
+        assert code == 76
+        assert "host 1 of 2" in printed and "its process hangs" in printed
+    assert not is_alive(hanging)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_when_told_to_stop_has_saved_nothing(tmp_path):
+    hosts = Hosts(tmp_path, "stop", "wait")
+    child = hosts.child(0)
+    os.kill(child, signal.SIGSTOP)
+    hosts.processes[0].send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    os.kill(child, signal.SIGKILL)
+    for code, printed in hosts.ends():
+        assert code == 76
+        assert "host 0 of 2" in printed and "lost" in printed
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_host_that_is_silent_is_lost(tmp_path, index):
     hosts = Hosts(tmp_path, "wait", "wait")
@@ -263,8 +311,12 @@ def test_a_stranger_at_the_port_is_not_listened_to(tmp_path):
     with socket.create_connection((host, int(port))) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
         assert stranger.recv(1) == b""
+    with socket.create_connection((host, int(port))) as stranger:
+        stranger.sendall(b"5\n")
+        assert stranger.recv(1) == b""
     os.kill(hosts.child(0), signal.SIGTERM)
-    assert all("ha" not in printed for _, printed in hosts.ends())
+    for _, printed in hosts.ends():
+        assert "ha" not in printed.split() and "Traceback" not in printed
 
 
 def place(**values):

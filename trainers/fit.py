@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from easylm import hosts, storage
+from easylm import hosts
 from easylm.checkpoint import latest_step, read_bundle, read_state
 from easylm.command import say
 from easylm.config import write_json
@@ -85,7 +85,8 @@ def fit(
         _check_same_data(read_bundle(step_folder), bundle, objective.noun, workdir)
     state = _start(program, step_folder, last_step, load_params)
     # What the run starts from is good: only now does it leave a trace.
-    _leave_config(config, workdir)
+    if hosts.is_first():
+        write_json(config, f"{workdir}/config.json")
     saver = Saver(config, workdir, export, bundle)
     saver.export(last_step, state.params)  # it may have been cut off
     if last_step >= len(stream):
@@ -174,19 +175,6 @@ def _start(
     params, opt_state = read_state(step_folder, state.params, state.opt_state)
     step = jax.device_put(jnp.int32(last_step), state.step.sharding)
     return TrainState(step, params, opt_state)
-
-
-def _leave_config(config: RunConfig, workdir: str) -> None:
-    """Writes WORKDIR/config.json, which every host must see then."""
-    path = f"{workdir}/config.json"
-    if hosts.is_first():
-        write_json(config, path)
-    hosts.wait_for_all("writing config.json")
-    if not storage.exists(path):
-        raise InputError(
-            f"--workdir: the first host wrote {path}, and this host does not see it; wanted a "
-            "folder that all hosts share: gs://BUCKET/FOLDER, or a shared disk"
-        )
 
 
 def _compile(program: Program):

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import numpy as np
 
 from easylm import preemption
 from easylm.command import say
+from easylm.config import difference
 from easylm.errors import InputError
 from easylm.hosts.flags import Place
 from easylm.hosts.link import parent
@@ -67,6 +69,8 @@ def join(place: Place | None) -> bool:
 
     known, where = {}, "the first host of this slice"
     if place is not None:
+        if place.index == 0:
+            _check_port(place.coordinator)
         where = f"{place.coordinator}, {place.count} hosts in all"
         known = {
             "coordinator_address": place.coordinator,
@@ -88,6 +92,29 @@ def join(place: Place | None) -> bool:
     if _count == 1:
         parent.tell(alone=True)
     return _count > 1
+
+
+def _check_port(coordinator: str) -> None:
+    """Refuses a port that is taken, at which jax would end with a stack trace."""
+    port = int(coordinator.rpartition(":")[2])
+    try:
+        socket.create_server(("", port)).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"--coordinator: found {coordinator}, and the first host cannot listen at port {port} "
+            f"({error}); wanted a free one, the same on all hosts"
+        ) from error
+
+
+def meet_to_fail(place: Place | None, error: InputError) -> None:
+    """Lets the other hosts hear of an error from before the hosts have met; for the parent's child.
+
+    All others have come, or come now: the same command is started everywhere.
+    """
+    if parent.is_there:
+        parent.tell(reason=f"error: {error}")
+        if join(place):
+            meet()
 
 
 def meet() -> None:
@@ -114,18 +141,19 @@ def wait_for_all(what: str) -> None:
         return
     from orbax.checkpoint import multihost
 
-    reminder = threading.Timer(
-        SAID_AFTER_SECONDS, say, [f"waiting for the other {_count - 1} hosts: {what}"]
-    )
+    reminder = threading.Timer(SAID_AFTER_SECONDS, say, [f"waiting for all {_count} hosts: {what}"])
     reminder.daemon = True
     reminder.start()
     try:
         # The coordinator's barrier has a timeout; one by the devices has none.
         multihost.get_barrier_sync_fn()(
-            key=f"{next(_turns)} {what}", timeout_ms=BARRIER_SECONDS * 1000
+            key=f"easylm {next(_turns)}", timeout_ms=BARRIER_SECONDS * 1000
         )
     finally:
         reminder.cancel()
+    others = _from_first(what.encode()).decode()
+    if others != what:
+        raise RuntimeError(f"the hosts do different things: the first {others}, this one {what}")
 
 
 def on_first(what: str, make: Callable[[], T]) -> T:
@@ -168,20 +196,22 @@ def first_alone(what: str) -> Iterator[None]:
         wait_for_all(what)
 
 
-def check_same(what: str, value: object) -> None:
+def check_same(what: str, values: dict) -> None:
     """Refuses hosts that differ in what all must have alike.
 
     Args:
-      what: the value is.
-      value: of JSON.
+      what: they are.
+      values: by name, of JSON.
     Raises:
-      InputError: on a host whose value is not the first one's.
+      InputError: on a host that has others than the first one.
     """
-    wanted = on_first(f"comparing {what}", lambda: value)
-    if json.loads(json.dumps(value)) != wanted:
+    wanted = on_first(f"comparing {what}", lambda: values)
+    found = json.loads(json.dumps(values))
+    lines = difference(wanted, found, what, words=("on the first host", "here"))
+    if lines:
         raise InputError(
-            f"{what}: found {value} on this host; wanted that of the first, {wanted}: all hosts "
-            "run the same command, with the same versions and files"
+            "all hosts of a run must have the same command, versions and files:\n"
+            + "\n".join(f"  {line}" for line in lines)
         )
 
 

@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from easylm import hosts
 from easylm.command import FAULT_CODE, explained_exit, printed, run_command, say, wrap
 from easylm.errors import PreemptedError
 from easylm.hosts.flags import may_have_others
@@ -13,7 +14,7 @@ from easylm.hosts.supervise import supervise
 
 # What may be the consequence of another host's loss waits so long for news of that, in seconds. An
 # error that explains itself hardly is one.
-_GRACE, _GRACE_EXPLAINED = 3.0, 0.5
+_GRACE, _GRACE_EXPLAINED, _GRACE_OF_ALL = 3.0, 0.5, 30.0
 
 
 def run_on_hosts(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
@@ -33,6 +34,7 @@ def run_on_hosts(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
 
 def _run_child(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """As `run_command`, but what goes wrong is told to the parent, which prints it on all hosts."""
+    ending = ""
     try:
         code = printed(main) or 0
     except Exception as error:
@@ -40,7 +42,9 @@ def _run_child(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         if message is None:
             parent.fail(traceback.format_exc().rstrip(), FAULT_CODE, grace=_GRACE)
         if not isinstance(error, PreemptedError):
-            parent.fail(message, code, grace=_GRACE_EXPLAINED)
-        say(wrap(message))
-    parent.tell(ended=code)
+            # All have a loss that is not finite at once; the first may still have to store it.
+            waits = isinstance(error, FloatingPointError) and not hosts.is_first()
+            parent.fail(message, code, grace=_GRACE_OF_ALL if waits else _GRACE_EXPLAINED)
+        ending = message
+    parent.tell(ended=code, message=ending)
     sys.exit(code)

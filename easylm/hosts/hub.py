@@ -44,6 +44,7 @@ class Host:
       heard: when it last said something, by this machine's monotonic clock.
       wire: to its parent; None until it comes.
       step: the last that it has finished.
+      silent: seconds that its training process has said nothing to its parent.
       ended: whether its process has, as it should.
     """
 
@@ -51,6 +52,7 @@ class Host:
     heard: float
     wire: Wire | None = None
     step: int = 0
+    silent: float = 0.0
     ended: bool = False
 
 
@@ -77,7 +79,9 @@ class Hub:
         self._expected = threading.Event()
         self._suspected: list[tuple[float, Verdict]] = []
         self._verdict: Verdict | None = None
+        self._ending = ""  # what the first host says at its end
         self._open = 0
+        self._counting = threading.Lock()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def expect(self, count: int) -> None:
@@ -113,7 +117,10 @@ class Hub:
         if message is None:
             return None if host.ended else self._lost(index, "its connection ended")
         host.step = message.get("step", host.step)
+        host.silent = message.get("silent", 0.0)
         host.ended = host.ended or "ended" in message
+        if "ended" in message and index == 0:
+            self._ending = message["message"]
         if "failed" not in message:
             return None
         verdict = Verdict(f"{self._describe(index)}: {message['failed']}", message["code"])
@@ -124,12 +131,20 @@ class Hub:
         """How the run ends, if what was heard and the time that has passed make it clear."""
         now = time.monotonic()
         if self._suspected and now >= min(self._suspected)[0]:
-            return min(self._suspected)[1]
+            return self._blame(min(self._suspected)[1])
         for index, host in enumerate(self._hosts):
             if not host.ended and now - host.heard > SILENCE_SECONDS:
                 silent = f"nothing was heard of it for {SILENCE_SECONDS:.0f} s"
                 return self._lost(index, silent if host.wire else "it did not come")
-        return Verdict("", None) if all(host.ended for host in self._hosts) else None
+        all_ended = all(host.ended for host in self._hosts)
+        return Verdict(self._ending, None) if all_ended else None
+
+    def _blame(self, verdict: Verdict) -> Verdict:
+        """Names a host that hangs, where jax has ended others because of it."""
+        silent, index = max((host.silent, index) for index, host in enumerate(self._hosts))
+        if verdict.code != HOST_LOST_CODE or silent < SILENCE_SECONDS / 2:
+            return verdict
+        return self._lost(index, f"its process hangs, and has said nothing for {silent:.0f} s")
 
     def _lost(self, index: int, why: str) -> Verdict:
         message = lost_message(self._describe(index), self._hosts[index].step, why)
@@ -156,19 +171,21 @@ class Hub:
         """Hands on what one parent says, once it has shown that it belongs here."""
         messages = iter(wire)
         hello = next(messages, {})
-        if hello.get("token") != self._token:
+        if not isinstance(hello, dict) or hello.get("token") != self._token:
             wire.close()
             return
         self._expected.wait()  # another may be quicker than this host's own child
         host = self._hosts[hello["host"]]
-        self._open += 1
+        with self._counting:
+            self._open += 1
         host.name, host.wire = hello["name"], wire
         wire.send(steps=self._steps())
         if self._verdict is not None:  # it comes too late to hear it with the others
             wire.send(verdict=self._verdict.message, code=self._verdict.code)
         for message in messages:
             self._events.put(_Event(hello["host"], message))
-        self._open -= 1
+        with self._counting:
+            self._open -= 1
         self._events.put(_Event(hello["host"], None))
 
 

@@ -11,6 +11,8 @@ from easylm.hosts.wire import Wire
 
 # What a parent tells its child: the number of an open file, and where the first parent listens.
 LINK, HUB = "EASYLM_LINK", "EASYLM_HUB"
+# How often a process says that it is alive; its silence tells only who is to blame for a loss.
+BEAT_SECONDS = 5.0
 # The parent ends this process well before, when all others have been told.
 _PATIENCE_SECONDS = 60
 
@@ -32,6 +34,7 @@ class Link:
             self._wire = Wire(socket.socket(fileno=number))
             self._hub = os.environ.pop(HUB)
             threading.Thread(target=self._listen, daemon=True).start()
+            threading.Thread(target=self._beat, daemon=True).start()
 
     def hub(self) -> str:
         """Where this host's parent listens, if others are to find it there; or nothing."""
@@ -55,6 +58,11 @@ class Link:
         self.tell(failed=message, code=code, grace=grace)
         time.sleep(_PATIENCE_SECONDS)
         os._exit(code)
+
+    def _beat(self) -> None:
+        while True:
+            self.tell(alive=True)
+            time.sleep(BEAT_SECONDS)
 
     def _listen(self) -> None:
         for message in self._wire:

@@ -23,6 +23,7 @@ from easylm.command import (
     INTERRUPTED_CODE,
     PREEMPTED_CODE,
     say,
+    wrap,
 )
 from easylm.hosts.flags import has_tpu
 from easylm.hosts.hub import HEARTBEAT_SECONDS, SILENCE_SECONDS, Hub, Verdict, lost_message
@@ -69,12 +70,14 @@ class _Supervisor:
         self._hub = Hub()  # of use on the first host
         self._line: Wire | None = None  # until the hosts have found each other
         self._heard = 0.0  # when the hub last said something
+        self._child_heard = time.monotonic()
         self._joining: tuple[float, str] | None = None  # until when the child may, and where
         self._count, self._index = 1, 0
         self._step = self._first_step = 0  # last finished steps: this host's, the first one's
-        self._result: int | None = None  # exit code that the child means to have
+        self._result: dict | None = None  # what the child said when it was done
         self._signals = 0
         self._is_told = False  # the child, to stop
+        self._said = ""  # why the child will end, where that was said at once
 
     def start(self, command: Sequence[str]) -> None:
         """Starts the child."""
@@ -133,9 +136,13 @@ class _Supervisor:
                 verdict = hear[source](message)
             if self._line is not None and time.monotonic() - beat > HEARTBEAT_SECONDS:
                 beat = time.monotonic()
-                self._line.send(step=self._step)
+                self._line.send(step=self._step, silent=beat - self._child_heard)
             verdict = verdict or self._waited_too_long()
-        return verdict if verdict.code is not None else verdict._replace(code=self._result)
+        if self._said and verdict.message.endswith(self._said):
+            verdict = verdict._replace(message="")
+        if verdict.message and self._step:
+            verdict = verdict._replace(message=f"\n{verdict.message}")  # there is a progress bar
+        return verdict if verdict.code is not None else verdict._replace(code=self._result["ended"])
 
     def _waited_too_long(self) -> Verdict | None:
         now = time.monotonic()
@@ -158,11 +165,15 @@ class _Supervisor:
         self._hub.farewell()
 
     def _hear_child(self, message: dict | None) -> Verdict | None:
+        self._child_heard = time.monotonic()
         if message is None:
             return self._child_gone()
         if "joining" in message:
             say(f"meeting the other hosts at {message['joining']}")
             self._joining = time.monotonic() + JOIN_SECONDS, message["joining"]
+        elif "reason" in message:
+            self._said = message["reason"]
+            say(wrap(self._said))
         elif "alone" in message:
             self._joining = None
         elif "joined" in message:
@@ -172,17 +183,17 @@ class _Supervisor:
         elif "step" in message:
             self._step = message["step"]
         elif "ended" in message:
-            self._result = message["ended"]  # it counts when the process is gone too
-        else:
+            self._result = message  # it counts when the process is gone too
+        elif "failed" in message:
             return self._report(**message)
         return None
 
     def _child_gone(self) -> Verdict | None:
         """The child has ended; fine if it said so before."""
         code = self._child.wait()
-        if self._result is not None and code == self._result:
-            return self._report(ended=code) if self._line else Verdict("", code)
-        if self._is_told:
+        if self._result is not None and code == self._result["ended"]:
+            return self._report(**self._result)
+        if self._is_told and code == -signal.SIGTERM:  # jax or Python would have noted it
             message = "told to stop before there was anything to save"
             return self._report(failed=message, code=PREEMPTED_CODE, grace=0)
         if code >= 0:
@@ -192,6 +203,12 @@ class _Supervisor:
         if code == -signal.SIGKILL:
             message = f"lost: {message}, often because memory ran out"
             return self._report(failed=message, code=HOST_LOST_CODE, grace=0)
+        if self._joining is not None:
+            message = (
+                f"the hosts could not meet at {self._joining[1]}: two may have the same --process, "
+                "or another run may be using that port"
+            )
+            return self._report(failed=message, code=FAULT_CODE, grace=0)
         # When the first host's process is killed, jax aborts all others.
         lost = code == -signal.SIGABRT
         return self._report(
@@ -200,6 +217,8 @@ class _Supervisor:
 
     def _report(self, **message) -> Verdict | None:
         """Tells the hub what became of this host; without one, that is how it ends."""
+        if self._line is None and "ended" in message:
+            return Verdict(message["message"], message["ended"])
         if self._line is None:
             return Verdict(message["failed"], message["code"])
         self._line.send(**message)
