@@ -95,7 +95,8 @@ def reference_pass(
                     # Named by what it holds: a run in another order must not overwrite it.
                     parts.add(hashlib.sha256(part.ids).hexdigest()[:32], part)
                 known, fresh, written = known.merge(part), [], time.monotonic()
-            if stopping:
+            # Or while the last part was kept. All hosts ask equally often.
+            if stopping or (step == todo[-1] and stopped()):
                 raise PreemptedError(
                     f"stopped in the pass of the reference, after {bar.n:,} of {len(pairs):,} "
                     "pairs; they are kept, and the same command goes on from there"
