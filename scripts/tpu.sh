@@ -22,20 +22,23 @@ usage: scripts/tpu.sh VERB --name=NAME --zone=ZONE [--project=PROJECT] [--dry-ru
                             host; checks that all have the same and see all devices
     [--python=3.12]           or 3.11
     [--ref=URL#REF]           instead of this checkout: what a git repository has at REF
-    [--env=FILE]              variables for runs, lines of NAME=VALUE, such as HF_TOKEN
+    [--env=FILE]              variables for runs, such as HF_TOKEN: lines of NAME=VALUE, taken as
+                              they stand, without quotes
   run [--keep-going] -- COMMAND
                             starts the same command on every host and shows its log; the run does
                             not need this terminal. Exits as the run does
-    --keep-going              starts it again after 75, 76 and the loss of the slice, and three
-                              times after 1 unless there is a new checkpoint in between; creates a
-                              spot slice again, and sets it up (takes the options of setup)
+    --keep-going              starts it again after 75, 76 and the loss of the slice: ten times at
+                              most on a slice that was not lost, and three after 1, unless there
+                              is a new checkpoint in between; creates a spot slice again, and sets
+                              it up (takes the options of setup)
   logs [--worker=N|all -f]  the end of the log, of the host that prints most; -f: and what comes
   status                    of the slice, and of the run on every host
   stop [--now]              has the run save and exit 75, or kills it
   delete [--yes]            deletes the slice and its queued request; asks before
 
 NAME, ZONE, PROJECT and TYPE may be in the environment, and POLL_SECONDS (30), the time between two
-questions where something is waited for. --dry-run prints the commands, and runs none.
+questions where something is waited for, and GIVE_UP_SECONDS (1800), after which hosts that do not
+answer are asked no more. --dry-run prints the commands, and runs none.
 USAGE
 }
 
@@ -118,15 +121,16 @@ parse() { # the arguments of this script
 check_options() {
   [[ "$NAME" =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
     end 2 "--name: found '$NAME'; wanted the name of the slice, of a-z, 0-9 and '-'"
-  [[ "$ZONE" =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] ||
+  [[ "$ZONE" =~ ^[a-z]+-[a-z]+[0-9]+-(ai[0-9]+)?[a-z]$ ]] ||
     end 2 "--zone: found '$ZONE'; wanted the zone of the slice, such as europe-west4-a"
+  [[ "$POLL_SECONDS" =~ ^[0-9]+([.][0-9]+)?$ && "$GIVE_UP_SECONDS" =~ ^[0-9]{1,9}$ ]] ||
+    end 2 "found POLL_SECONDS=$POLL_SECONDS GIVE_UP_SECONDS=$GIVE_UP_SECONDS; wanted numbers"
   [[ "$WORKER" =~ ^([0-9]+|all)?$ ]] ||
     end 2 "--worker: found '$WORKER'; wanted the number of a host, from 0, or all"
   [[ "$PYTHON" =~ ^3\.1[12]$ ]] || end 2 "--python: found '$PYTHON'; wanted 3.11 or 3.12"
   [[ -z "$REF" || "$REF" =~ ^[^#]+#[^#]+$ ]] ||
     end 2 "--ref: found '$REF'; wanted URL#REF, a git repository and a branch, tag or commit of it"
-  [ -z "$ENV_FILE" ] || [ -f "$ENV_FILE" ] ||
-    end 2 "--env: found no file $ENV_FILE; wanted one of lines NAME=VALUE"
+  check_env
   if [ "$VERB" != create ] && [ -z "$TYPE" ]; then TYPE=v3-8; fi # for a dry run
   check_type
   if [ "$VERB" = run ]; then
@@ -136,6 +140,18 @@ check_options() {
   fi
   [ -n "$DRY" ] || command -v gcloud >/dev/null ||
     end 2 "found no gcloud; wanted the Google Cloud CLI on the PATH"
+}
+
+# Refuses a file that is none of variables, and sets OPTIONS to what setup leaves on hosts.
+check_env() {
+  local wrong
+  OPTIONS="python $PYTHON, no env"
+  if [ -z "$ENV_FILE" ]; then return; fi
+  [ -f "$ENV_FILE" ] || end 2 "--env: found no file $ENV_FILE; wanted one of lines NAME=VALUE"
+  OPTIONS="python $PYTHON, env of checksum $(cksum <"$ENV_FILE" | cut -d ' ' -f 1)"
+  wrong=$(grep -nvE '^([A-Za-z_][A-Za-z0-9_]*=.*|#.*)?$' "$ENV_FILE" | head -n 1) || true
+  # The line may hold a secret.
+  [ -z "$wrong" ] || end 2 "--env: line ${wrong%%:*} of $ENV_FILE is no variable; wanted NAME=VALUE"
 }
 
 # Finds the runtime version of a generation; what the number of a type counts is in device_count.
@@ -245,7 +261,7 @@ require_slice() {
   look
   case "$STATE" in
     READY) ;;
-    UNKNOWN) end 1 "gcloud does not say what $NAME is: $(cat "$TMP/errors")" ;;
+    UNKNOWN) end 1 "gcloud does not say what $NAME is$(last_words)" ;;
     MISSING) end 2 "found no slice $NAME in $ZONE; wanted one: scripts/tpu.sh create" \
       "(one that is queued is there when \`status\` says READY)" ;;
     *) end 1 "$NAME is $STATE; wanted READY (one that is lost: delete, create, setup)" ;;
@@ -259,6 +275,25 @@ collect() {
   { grep '^easylm-host|' "$TMP/answers" || true; } | sort -t '|' -k 2n >"$TMP/reports"
   [ -z "$failed" ] && { [ -n "$DRY" ] || [ "$(wc -l <"$TMP/reports")" -eq "$HOSTS" ]; }
 }
+
+last_words() { # of gcloud, and of what it ran: behind a message, in brackets
+  awk 'NF { $1 = $1; a = b; b = c; c = $0 }
+    END { words = a " " b " " c; sub(/^ +/, "", words); if (words) printf " (%s)", words }
+    ' "$TMP/errors"
+}
+
+# Says what was in vain, and waits before it is tried again. Ends where it was for so long that it
+# will hardly mend itself; `heard` is what was not in vain.
+again() { # what was in vain
+  VAIN_SINCE=${VAIN_SINCE:-$SECONDS}
+  [ $((SECONDS - VAIN_SINCE)) -lt "$GIVE_UP_SECONDS" ] ||
+    end 1 "$1. Nothing else for $GIVE_UP_SECONDS s: given up; the slice stays, and is paid for" \
+      "(scripts/tpu.sh status, delete)"
+  say "$1; asking again"
+  sleep "$POLL_SECONDS"
+}
+
+heard() { VAIN_SINCE=''; }
 
 count_running() {
   grep -c '^easylm-host|[^|]*|[^|]*|running|' "$TMP/reports" || true
@@ -279,6 +314,11 @@ create() {
   if [ -z "$QUEUED" ] || [ -n "$DRY" ]; then return 0; fi
   say "waiting for $NAME; the request stays in the queue without this terminal too"
   while look && [ "$STATE" != READY ]; do
+    if [ "$STATE" = UNKNOWN ]; then
+      again "gcloud does not say what $NAME is$(last_words)"
+      continue
+    fi
+    heard
     queue=$(queue_state)
     case "$queue" in
       FAILED | SUSPENDED | MISSING) end 1 "the request for $NAME is $queue" ;;
@@ -297,12 +337,15 @@ setup() {
 
 # Makes the archive of this checkout: all that git tracks, as it is now.
 pack() {
-  local tree
+  local tree new
   REVISION='' URL=${REF%#*} REF=${REF##*#}
   if [ -n "$URL" ]; then return; fi
   git -C "$HERE" update-index -q --refresh || true # or a file that was only touched is an error
   tree=$(git -C "$HERE" stash create "for a TPU slice") ||
     end 1 "git cannot tell what this checkout holds; wanted one without conflicts"
+  new=$(git -C "$HERE/.." ls-files --others --exclude-standard |
+    awk 'NR < 6 { printf "%s%s", space, $0; space = " " } NR == 6 { printf " ..." }')
+  if [ -n "$new" ]; then say "not on the hosts, for git does not track them (git add): $new"; fi
   REVISION=$(git -C "$HERE" rev-parse --short=12 HEAD)
   if [ -n "$tree" ]; then
     REVISION="$REVISION-changed-$(git -C "$HERE" rev-parse --short=8 "$tree^{tree}")"
@@ -363,7 +406,7 @@ status() {
     echo "$NAME: slice $STATE, queued request $(queue_state)"
     return
   fi
-  collect || say "not all hosts answer: $(tail -n 1 "$TMP/errors")"
+  collect || say "not all hosts answer$(last_words)"
   if [ -n "$DRY" ]; then return; fi
   echo "$NAME: READY, $TYPE, $HOSTS hosts${SPOT:+, spot}${QUEUED:+, queued}"
   awk -F '|' '{
@@ -378,7 +421,13 @@ stop() {
   require_slice
   on_hosts all "$([ -n "$NOW" ] && echo kill_now || echo stop_run)" ||
     end 1 "not all hosts of $NAME answer"
-  until collect && [ "$(count_running)" -eq 0 ]; do
+  while true; do
+    if ! collect; then
+      again "not all hosts of $NAME answer$(last_words)"
+      continue
+    fi
+    heard
+    if [ "$(count_running)" -eq 0 ]; then break; fi
     say "waiting for $(count_running) hosts to save and end"
     sleep "$POLL_SECONDS"
   done
@@ -402,10 +451,11 @@ delete() {
 source "$HERE/tpu_run.sh"
 
 exec 3>&1
+POLL_SECONDS=${POLL_SECONDS:-30} GIVE_UP_SECONDS=${GIVE_UP_SECONDS:-1800} VAIN_SINCE=''
 parse "$@"
 check_options
 if [ -n "$QUEUED" ]; then QUEUED=$NAME; fi
-POLL_SECONDS=${POLL_SECONDS:-30} HOSTS=1
+HOSTS=1
 TMP=$(mktemp -d)
 trap 'rm -rf "$TMP"' EXIT
 "$VERB"

@@ -3,6 +3,7 @@
 #
 #   ~/easylm/src        the checkout             ~/easylm/revision   its commit, once all is set up
 #   ~/easylm/venv       Python and packages      ~/easylm/env        variables for runs, if any
+#   ~/easylm/options    what it was set up with, beside the checkout
 #   ~/easylm/run/       the run: its log and, where the run's part of it starts, offset; its id,
 #                       command, pid and exit code; stopped, where it was told to stop; lock, held
 #                       as long as it lives
@@ -27,11 +28,16 @@ setup() { # python version, revision, or where empty: url and ref
   mv src.new src
   rm -f env
   if [ -f "$HOME/easylm.env" ]; then mv "$HOME/easylm.env" env; fi
+  echo "python $python, $(env_sum)" >options
   python3 -m pip install --user --quiet --upgrade uv
   python3 -m uv python install --quiet "$python"
   python3 -m uv venv --quiet --clear --managed-python --python "$python" venv
   python3 -m uv pip install --quiet --python venv/bin/python --editable './src[tpu]'
   echo "$revision" >revision
+}
+
+env_sum() {
+  if [ -f env ]; then echo "env of checksum $(cksum <./env | cut -d ' ' -f 1)"; else echo "no env"; fi
 }
 
 worker() { # the number of this host, as gcloud counts
@@ -89,12 +95,13 @@ start() { # id of the run, command
 
 # Outlives the connection that started it, and writes down how the command ends.
 supervise() { # command
-  local code=0
+  local line
+  CODE=1
+  trap 'echo "$CODE" >"$BASE/run/exit.new" && mv "$BASE/run/exit.new" "$BASE/run/exit"' EXIT
   if [ -f env ]; then
-    set -a
-    # shellcheck source=/dev/null
-    . ./env
-    set +a
+    while IFS= read -r line || [ -n "$line" ]; do
+      case "$line" in '' | '#'*) ;; *) export "${line?}" ;; esac
+    done <./env
   fi
   export PATH="$BASE/venv/bin:$PATH"
   cd src
@@ -103,9 +110,8 @@ supervise() { # command
   "$@" </dev/null >>../run/log 2>&1 9>&- &
   echo $! >../run/pid
   while kill -0 $! 2>/dev/null; do wait $! || true; done
-  wait $! || code=$?
-  echo "$code" >../run/exit.new
-  mv ../run/exit.new ../run/exit
+  CODE=0
+  wait $! || CODE=$?
 }
 
 running() {
@@ -118,7 +124,7 @@ pid() { # of the command of a run that goes on
 }
 
 report() {
-  local state=none stopped='' size=0 last=''
+  local state=none made='' stopped='' size=0 last=''
   if running; then
     state=running
   elif [ -s run/exit ]; then
@@ -126,12 +132,13 @@ report() {
   elif [ -f run/id ]; then
     state=gone # the machine went down under it
   fi
+  if [ -f revision ]; then made="$(cat revision) $(cat options)"; fi
   if [ -f run/stopped ]; then stopped=stopped; fi
   if [ -f run/offset ]; then size=$(($(wc -c <run/log) - $(cat run/offset))); fi
   if [ -f run/log ]; then
     last=$(tail -c 4000 run/log | tr '\r' '\n' | awk 'NF { last = $0 } END { print last }')
   fi
-  answer "$state" "$(cat revision 2>/dev/null || true)" "$stopped" "$size" "${last:0:120}"
+  answer "$state" "$made" "$stopped" "$size" "${last:0:120}"
 }
 
 follow() { # bytes of the run's log that were shown, seconds

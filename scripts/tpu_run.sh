@@ -3,7 +3,10 @@
 
 PREEMPTED_CODE=75
 LOST_CODE=76
+# Without a new checkpoint: after 1, and on a slice that was not lost (memory that runs out is a 76).
+MOST_FAULTS=3 MOST_STARTS=10
 STARTS=0 DELETED='' # how often the command was started; a request that this script has deleted
+LOST=''             # the slice, since the last start
 
 find_workdir() {
   local i
@@ -22,8 +25,8 @@ find_workdir() {
 run() {
   require_slice
   if [ -n "$KEEP_GOING" ]; then pack; fi
-  collect || end 1 "not all hosts of $NAME answer; wanted them set up: scripts/tpu.sh setup" \
-    "($(tail -n 1 "$TMP/errors"))"
+  collect || end 1 "not all hosts of $NAME answer; wanted them set up: scripts/tpu.sh" \
+    "setup$(last_words)"
   [ "$(count_running)" -eq 0 ] || end 2 "a run goes on on $NAME already; wanted none:" \
     "scripts/tpu.sh logs -f shows it, stop ends it"
   check_revisions
@@ -44,9 +47,12 @@ check_revisions() {
   found=$(revisions)
   [ -n "$found" ] && [ "$(wc -l <<<"$found")" -eq 1 ] ||
     end 2 "the hosts of $NAME are not set up, or not alike; wanted that: scripts/tpu.sh setup"
-  [ -z "$KEEP_GOING" ] || [ -z "$REVISION" ] || [ "$found" = "$REVISION" ] ||
-    end 2 "the hosts have $found, this checkout is $REVISION; wanted the same, for a new" \
+  [ -z "$KEEP_GOING" ] || [ -z "$REVISION" ] || [ "${found%% *}" = "$REVISION" ] ||
+    end 2 "the hosts have ${found%% *}, this checkout is $REVISION; wanted the same, for a new" \
       "slice gets this one: scripts/tpu.sh setup"
+  [ -z "$KEEP_GOING" ] || [ "${found#* }" = "$OPTIONS" ] ||
+    end 2 "the hosts were set up with ${found#* }, this command says $OPTIONS; wanted the options" \
+      "--python and --env that setup had, for a new slice is set up with these"
   SET_UP=$found
 }
 
@@ -63,14 +69,15 @@ start_run() {
 
 # Shows the log until no host runs any more, and sets CODE. Returns 1 where the slice is lost.
 watch_run() {
-  local worker seconds=30 running
+  local worker seconds=30 running words
   while true; do
     while ! collect; do
+      words=$(last_words)
       look
-      case "$STATE" in READY | UNKNOWN) ;; *) return 1 ;; esac
-      say "not all hosts of $NAME answer; asking again"
-      sleep "$POLL_SECONDS"
+      case "$STATE" in READY | UNKNOWN) ;; *) LOST=yes && return 1 ;; esac
+      again "not all hosts of $NAME answer$words"
     done
+    heard
     running=$(count_running)
     worker=$(talker)
     touch "$TMP/shown.$worker"
@@ -98,10 +105,16 @@ decide() {
 }
 
 keep_going() {
-  local step new faults=0
+  local step new starts=0 faults=0
   step=$(newest_step)
   while true; do
-    if bring_up && start_run && watch_run; then
+    until bring_up; do again "the hosts of $NAME could not be made ready, see above"; done
+    heard
+    if [ -z "$LOST" ]; then starts=$((starts + 1)); fi
+    [ "$starts" -le "$MOST_STARTS" ] || end 1 "$MOST_STARTS starts from $(from "$step") ended with" \
+      "no new one, though the slice was not lost; not started again (scripts/tpu.sh logs)"
+    LOST=''
+    if start_run && watch_run; then
       if grep -q '^\([^|]*|\)\{5\}stopped|' "$TMP/reports"; then
         say "it was told to stop; not started again"
         exit "$CODE"
@@ -109,21 +122,21 @@ keep_going() {
     else
       CODE=$LOST_CODE
     fi
-    case "$CODE" in
-      "$PREEMPTED_CODE" | "$LOST_CODE") ;;
-      1)
-        new=$(newest_step)
-        if [ "$new" -gt "$step" ]; then faults=0; fi
-        if [ "$faults" -eq 3 ]; then
-          end 1 "it failed again, after three more tries from checkpoint $new; not started again"
-        fi
-        faults=$((faults + 1)) step=$new
-        ;;
-      *) exit "$CODE" ;;
-    esac
+    case "$CODE" in 1 | "$PREEMPTED_CODE" | "$LOST_CODE") ;; *) exit "$CODE" ;; esac
+    new=$(newest_step)
+    if [ "$new" -gt "$step" ]; then step=$new starts=0 faults=0; fi
+    if [ "$CODE" -eq 1 ]; then
+      [ "$faults" -lt "$MOST_FAULTS" ] || end 1 "it failed again, after $MOST_FAULTS more tries" \
+        "from $(from "$step"); not started again"
+      faults=$((faults + 1))
+    fi
     say "starting it again in $POLL_SECONDS s; Ctrl-C ends this, and not the run"
     sleep "$POLL_SECONDS"
   done
+}
+
+from() { # step
+  [ "$1" -lt 0 ] && echo "no checkpoint" || echo "checkpoint $1"
 }
 
 newest_step() { # of the complete checkpoints; -1 where there is none
@@ -135,6 +148,12 @@ newest_step() { # of the complete checkpoints; -1 where there is none
 bring_up() {
   local said=''
   while look && [ "$STATE" != READY ]; do
+    if [ "$STATE" = UNKNOWN ]; then
+      again "gcloud does not say what $NAME is$(last_words)"
+      continue
+    fi
+    LOST=yes
+    heard
     if [ "$STATE" != "$said" ]; then say "$NAME is $STATE; waiting for READY"; fi
     said=$STATE
     case "$STATE" in PREEMPTED | TERMINATED | STOPPED | MISSING) create_again ;; esac

@@ -7,16 +7,20 @@ run for real, with the host's folder as HOME; only pip, uv and the Python of a h
 import os
 import pathlib
 import stat
+import subprocess
+from typing import ClassVar
 
 GCLOUD = r"""#!/bin/bash
 # calls: the arguments of every call; node, queue: state, absent where there is none; type, hosts,
-# spot, queued: of the node; refusals: so many more creations fail; mute: a host that ssh misses
+# spot, queued: of the node; refusals: so many more creations fail; mute: a host that ssh misses;
+# outage: what every call fails with; offline: hosts reach no package index
 cd "$FAKE" || exit
 printf '%s\0' "$@" END >>calls
 option() {
   local a
   for a in "${@:2}"; do case "$a" in --"$1"=*) printf '%s' "${a#*=}" ;; esac; done
 }
+if [ -e outage ]; then cat outage >&2; exit 1; fi
 missing() { echo "ERROR: NOT_FOUND: Resource '$1' was not found" >&2; exit 1; }
 create() {
   if [ "$(cat refusals)" -gt 0 ]; then
@@ -77,13 +81,17 @@ PYTHON3 = r"""#!/bin/bash
 echo "$*" >>"$HOME/installed"
 case "$*" in
   "-m uv venv "*) mkdir -p venv/bin && cp "$FAKE/host_python" venv/bin/python ;;
-  "-m uv pip install "*) [ -f src/pyproject.toml ] ;;
+  "-m uv pip install "*)
+    if [ -e "$FAKE/offline" ]; then echo "no package index" >&2; exit 1; fi
+    [ -f src/pyproject.toml ]
+    ;;
 esac
 """
 
 # plan: what each start ends with: an exit code, codes of hosts with commas between, "lost" for a
-# slice that is taken away meanwhile, "wait" for a run that goes on until it is told to stop, and
-# behind ":" a step that is saved before
+# slice that is taken away meanwhile, "wait" for a run that goes on until it is told to stop,
+# "mute" or "outage" for a run that ends as it should but leaves that, and behind ":" a step that is
+# saved before
 HOST_PYTHON = r"""#!/bin/bash
 case "$2" in
   *"version("*) cat "$FAKE/versions.$WORKER" 2>/dev/null || echo "python 3.12.1 jax 0.11.2"; exit ;;
@@ -99,6 +107,11 @@ if [ "$WORKER" = "$(cat "$FAKE/talker")" ]; then printf 'some more\rand more\n';
 case "$plan" in
   wait) trap 'sleep 0.2; echo saved; exit 75' TERM; while [ -d "$HOME" ]; do sleep 0.05; done ;;
   lost) echo PREEMPTED >"$FAKE/node"; while [ -d "$HOME" ]; do sleep 0.05; done ;;
+  mute | outage)
+    trouble=1
+    if [ "$plan" = outage ]; then trouble=$'ERROR: no login.\n\n  Log in'; fi
+    if [ "$WORKER" = 1 ]; then echo "$trouble" >"$FAKE/$plan" && sleep 2; fi
+    ;;
   *,*) exit "$(cut -d , -f $((WORKER + 1)) <<<"$plan")" ;;
   *) exit "$plan" ;;
 esac
@@ -157,3 +170,39 @@ class FakeCloud:
             "ZONE": "europe-west4-a",
             "POLL_SECONDS": "0.1",
         }
+
+
+class Script:
+    """scripts/tpu.sh, running; what it says goes to files, which hosts may hold open for longer."""
+
+    started: ClassVar[list[subprocess.Popen]] = []
+
+    def __init__(self, cloud, checkout, *arguments, **environment):
+        said = f"said{len(Script.started)}"
+        self.files = [cloud.folder / f"{said}.{stream}" for stream in (1, 2)]
+        out, err = (file.open("w") for file in self.files)
+        with out, err:
+            self.process = subprocess.Popen(
+                ["bash", str(checkout / "scripts" / "tpu.sh"), *arguments],
+                env={**cloud.environment, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+        Script.started.append(self.process)
+
+    def result(self, code=0):
+        """(stdout, stderr), once it has ended, which must be with `code`."""
+        try:
+            self.process.wait(timeout=60)
+        finally:
+            self.process.kill()
+            out, err = (file.read_text() for file in self.files)
+        assert self.process.returncode == code, f"{out}\n{err}"
+        return out, err
+
+
+def tpu(cloud, checkout, *arguments, code=0, **environment):
+    """(stdout, stderr) of the script, which must exit with `code`."""
+    return Script(cloud, checkout, *arguments, **environment).result(code)

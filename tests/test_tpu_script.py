@@ -8,11 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from typing import ClassVar
 
 import pytest
 
-from tests.fake_gcloud import FakeCloud
+from tests.fake_gcloud import FakeCloud, Script, tpu
 
 SCRIPTS = pathlib.Path(__file__).resolve().parent.parent / "scripts"
 WORKDIR = "gs://bucket/run"
@@ -77,42 +76,6 @@ def kept(cloud):
         process.kill()
     for host in cloud.folder.glob("w*"):
         shutil.rmtree(host)
-
-
-class Script:
-    """scripts/tpu.sh, running; what it says goes to files, which hosts may hold open for longer."""
-
-    started: ClassVar[list[subprocess.Popen]] = []
-
-    def __init__(self, cloud, checkout, *arguments, **environment):
-        said = f"said{len(Script.started)}"
-        self.files = [cloud.folder / f"{said}.{stream}" for stream in (1, 2)]
-        out, err = (file.open("w") for file in self.files)
-        with out, err:
-            self.process = subprocess.Popen(
-                ["bash", str(checkout / "scripts" / "tpu.sh"), *arguments],
-                env={**cloud.environment, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
-        Script.started.append(self.process)
-
-    def result(self, code=0):
-        """(stdout, stderr), once it has ended, which must be with `code`."""
-        try:
-            self.process.wait(timeout=60)
-        finally:
-            self.process.kill()
-            out, err = (file.read_text() for file in self.files)
-        assert self.process.returncode == code, f"{out}\n{err}"
-        return out, err
-
-
-def tpu(cloud, checkout, *arguments, code=0, **environment):
-    """(stdout, stderr) of the script, which must exit with `code`."""
-    return Script(cloud, checkout, *arguments, **environment).result(code)
 
 
 def dry(cloud, checkout, verb, *arguments, **environment):
@@ -191,6 +154,7 @@ def test_what_is_run_is_what_a_dry_run_prints(cloud, checkout):
         (["setup", "--python=3.10"], "--python: found '3.10'; wanted 3.11 or 3.12"),
         (["setup", "--ref=main"], "--ref: found 'main'; wanted URL#REF"),
         (["setup", "--env=none"], "--env: found no file none"),
+        (["setup", f"--env={__file__}"], f"--env: line 1 of {__file__} is no variable; wanted"),
         (["logs", "--worker=x"], "--worker: found 'x'; wanted the number of a host"),
         (["status", "--", "ls"], "status: found a command after '--'; wanted none"),
         (["run"], "run: found no command; wanted one, as in run -- python -m easylm.sft"),
@@ -229,6 +193,15 @@ def test_setup_installs_on_every_host_what_git_tracks(cloud, checkout, tmp_path)
         installed = (host.parent / "installed").read_text()
         assert "-m uv python install --quiet 3.11" in installed and "sudo" not in installed
         assert "--editable ./src[tpu]" in installed
+
+    # What git does not track stays here, with a word.
+    (checkout / "mine.py").write_text("")
+    try:
+        _, err = tpu(cloud, checkout, "setup")
+    finally:
+        (checkout / "mine.py").unlink()
+    assert "not on the hosts, for git does not track them (git add): mine.py\n" in err
+    assert not (cloud.folder / "w1" / "easylm" / "src" / "mine.py").exists()
 
     # Files that git tracks go as they are now, and the revision says so.
     (checkout / "pyproject.toml").write_text("[project]  # changed\n")
@@ -282,17 +255,24 @@ def test_the_host_asks_python_for_versions_and_devices(tmp_path):
 
 
 def test_a_run_shows_the_log_of_the_host_that_prints_and_ends_as_it_does(cloud, checkout, tmp_path):
-    (tmp_path / "token").write_text("HF_TOKEN=secret\n")
+    (tmp_path / "token").write_text("# mine\n\nHF_TOKEN=sec $ret 'x")
     tpu(cloud, checkout, "create", "--type=v3-16")
     tpu(cloud, checkout, "setup", f"--env={tmp_path / 'token'}")
     cloud.write(plan="0", talker=1)
     out, err = tpu(cloud, checkout, "run", "--", *COMMAND)
-    assert "host 1: token secret, 0\nsome more\nand more\n" in out
+    assert "host 1: token sec $ret 'x, 0\nsome more\nand more\n" in out
     assert "started on all 2 hosts" in err and "the run ended with exit code 0" in err
     for worker in (0, 1):
         assert (cloud.folder / f"w{worker}" / "arguments").read_text() == "\n".join(
             [*COMMAND[1:], ""]
         )
+
+
+def test_a_host_whose_run_cannot_begin_has_an_exit_code(pod, checkout):
+    shutil.rmtree(pod.folder / "w1" / "easylm" / "src")
+    pod.write(plan="0")
+    tpu(pod, checkout, "run", "--", *COMMAND, code=1)
+    assert pod.read("w1/easylm/run/exit") == "1"
 
 
 @pytest.mark.parametrize(
@@ -343,7 +323,7 @@ def test_stop_now_kills(pod, checkout):
     assert "it was told to stop; not started again" in err and "saved" not in out
 
 
-def test_a_run_asks_for_hosts_that_are_set_up(cloud, checkout):
+def test_a_run_asks_for_hosts_that_are_set_up(cloud, checkout, tmp_path):
     tpu(cloud, checkout, "create", "--type=v3-16")
     _, err = tpu(cloud, checkout, "run", "--", *COMMAND, code=1)
     assert "not all hosts of pod answer; wanted them set up: scripts/tpu.sh setup" in err
@@ -354,6 +334,13 @@ def test_a_run_asks_for_hosts_that_are_set_up(cloud, checkout):
     (cloud.folder / "w0" / "easylm" / "revision").write_text("other\n")
     _, err = tpu(cloud, checkout, "run", "--keep-going", "--", *COMMAND, code=2)
     assert "error: the hosts have other, this checkout is" in err
+    tpu(cloud, checkout, "setup", "--python=3.11")
+    _, err = tpu(cloud, checkout, "run", "--keep-going", "--", *COMMAND, code=2)
+    assert "set up with python 3.11, no env, this command says python 3.12, no env" in err
+    (tmp_path / "token").write_text("HF_TOKEN=secret\n")
+    run = ["run", "--keep-going", "--python=3.11", f"--env={tmp_path / 'token'}", "--", *COMMAND]
+    _, err = tpu(cloud, checkout, *run, code=2)
+    assert "no env, this command says python 3.11, env of checksum " in err
 
 
 @pytest.mark.slow
@@ -363,6 +350,7 @@ def test_a_run_asks_for_hosts_that_are_set_up(cloud, checkout):
         (["75", "76", "0"], 0, 3),
         (["1", "76", "1", "1", "1", "0"], 1, 5),
         (["1", "1", "1:10", "1", "2"], 2, 5),
+        (["76", "75:10", *["76"] * 12], 1, 12),
     ],
 )
 def test_keep_going_starts_again_what_may_go_on(pod, checkout, plan, code, starts):
@@ -370,8 +358,10 @@ def test_keep_going_starts_again_what_may_go_on(pod, checkout, plan, code, start
     _, err = tpu(pod, checkout, "run", "--keep-going", "--", *COMMAND, code=code)
     assert pod.read("starts.0").count("x") == pod.read("starts.1").count("x") == starts, err
     assert pod.verbs() == []  # the slice is as it was
-    if code == 1:
-        assert "after three more tries from checkpoint 5; not started again" in err
+    if plan[-1] == "76":
+        assert "error: 10 starts from checkpoint 10 ended with no new one, though the" in err
+    elif code == 1:
+        assert "after 3 more tries from checkpoint 5; not started again" in err
 
 
 @pytest.mark.slow
@@ -402,6 +392,28 @@ def test_keep_going_replaces_a_spot_slice(cloud, checkout, queued):
         assert any(word.endswith("version=runtime-x") for word in call)
 
 
+@pytest.mark.slow
+def test_keep_going_does_not_count_lost_slices(cloud, checkout):
+    tpu(cloud, checkout, "create", "--type=v3-16", "--spot")
+    tpu(cloud, checkout, "setup")
+    cloud.write(plan="\n".join([*["76"] * 9, "lost", "0"]))
+    tpu(cloud, checkout, "run", "--keep-going", "--", *COMMAND)
+    assert cloud.read("starts.0").count("x") == 11
+
+
+@pytest.mark.slow
+def test_keep_going_gives_up_a_slice_that_cannot_be_set_up(cloud, checkout):
+    tpu(cloud, checkout, "create", "--type=v3-16", "--spot")
+    tpu(cloud, checkout, "setup")
+    cloud.write(plan="lost\n0", offline="yes")
+    command = ["run", "--keep-going", "--", *COMMAND]
+    _, err = tpu(cloud, checkout, *command, code=1, GIVE_UP_SECONDS="1")
+    assert err.count("no package index") >= 4  # of two hosts
+    assert "could not be made ready, see above; asking again" in err
+    assert "Nothing else for 1 s: given up; the slice stays, and is paid for" in err
+    assert cloud.read("starts.0").count("x") == 1
+
+
 def test_keep_going_leaves_other_slices_alone(pod, checkout):
     pod.write(plan="lost\n0")
     _, err = tpu(pod, checkout, "run", "--keep-going", "--", *COMMAND, code=76)
@@ -429,10 +441,25 @@ def test_a_host_that_does_not_answer_is_asked_again(pod, checkout):
     wait_for(lambda: pod.read("w0/easylm/run/exit") == "75")
     out, err = tpu(pod, checkout, "status")
     assert "host 0" in out and "host 1" not in out and "not all hosts answer" in err
-    wait_for(lambda: "not all hosts of pod answer; asking again" in script.files[1].read_text())
+    wait_for(lambda: "pod answer (ssh: timed out); asking again" in script.files[1].read_text())
     (pod.folder / "mute").unlink()
     tpu(pod, checkout, "stop")
     script.result(75)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"), [("mute", "ssh: timed out"), ("outage", "ERROR: no login. Log in")]
+)
+def test_hosts_that_do_not_answer_are_given_up(pod, checkout, trouble, message):
+    pod.write(plan=trouble)
+    _, err = tpu(pod, checkout, "run", "--", *COMMAND, code=1, GIVE_UP_SECONDS="1")
+    message = f"not all hosts of pod answer ({message})"
+    assert f"\n{message}; asking again\n" in err
+    assert f"\nerror: {message}. Nothing else for 1 s: given up; the slice stays" in err
+    (pod.folder / trouble).unlink()
+    wait_for(lambda: pod.read("w1/easylm/run/exit") == "0")
+    out, _ = tpu(pod, checkout, "status")
+    assert out.count("exit code 0") == 2
 
 
 def test_delete_asks_first(pod, checkout):
