@@ -37,7 +37,7 @@ setup() { # python version, revision, or where empty: url and ref
 }
 
 env_sum() {
-  if [ -f env ]; then echo "env of checksum $(cksum <./env | cut -d ' ' -f 1)"; else echo "no env"; fi
+  [ -f env ] && echo "env of checksum $(cksum <./env | cut -d ' ' -f 1)" || echo "no env"
 }
 
 worker() { # the number of this host, as gcloud counts

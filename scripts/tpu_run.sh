@@ -3,7 +3,7 @@
 
 PREEMPTED_CODE=75
 LOST_CODE=76
-# Without a new checkpoint: after 1, and on a slice that was not lost (memory that runs out is a 76).
+# Without a new checkpoint: after 1, and on a slice that was not lost: memory that ran out is a 76.
 MOST_FAULTS=3 MOST_STARTS=10
 STARTS=0 DELETED='' # how often the command was started; a request that this script has deleted
 LOST=''             # the slice, since the last start
@@ -111,8 +111,8 @@ keep_going() {
     until bring_up; do again "the hosts of $NAME could not be made ready, see above"; done
     heard
     if [ -z "$LOST" ]; then starts=$((starts + 1)); fi
-    [ "$starts" -le "$MOST_STARTS" ] || end 1 "$MOST_STARTS starts from $(from "$step") ended with" \
-      "no new one, though the slice was not lost; not started again (scripts/tpu.sh logs)"
+    [ "$starts" -le "$MOST_STARTS" ] || end 1 "$MOST_STARTS starts from $(from "$step") ended" \
+      "with no new one, though the slice was not lost; not started again (scripts/tpu.sh logs)"
     LOST=''
     if start_run && watch_run; then
       if grep -q '^\([^|]*|\)\{5\}stopped|' "$TMP/reports"; then
