@@ -84,19 +84,22 @@ def reference_pass(
     ):
         written = time.monotonic()
         fresh = []
+
+        def keep() -> None:
+            nonlocal known, fresh, written
+            part = ReferenceTable.union(fresh).without(known)
+            if hosts.is_first() and len(part):
+                # Named by what it holds: a run in another order must not overwrite it.
+                parts.add(hashlib.sha256(part.ids).hexdigest()[:32], part)
+            known, fresh, written = known.merge(part), [], time.monotonic()
+
         for step, table in results:
             fresh.append(table)
             bar.update(len(held[step]))
-            late = time.monotonic() - written > SECONDS_BETWEEN_PARTS
-            stopping = stopped()
-            if late or stopping or step == todo[-1]:
-                part = ReferenceTable.union(fresh).without(known)
-                if hosts.is_first():
-                    # Named by what it holds: a run in another order must not overwrite it.
-                    parts.add(hashlib.sha256(part.ids).hexdigest()[:32], part)
-                known, fresh, written = known.merge(part), [], time.monotonic()
-            # Or while the last part was kept. All hosts ask equally often.
-            if stopping or (step == todo[-1] and stopped()):
+            if time.monotonic() - written > SECONDS_BETWEEN_PARTS or step == todo[-1]:
+                keep()
+            if stopped():  # asked equally often on all hosts, each of which has its own clock
+                keep()
                 raise PreemptedError(
                     f"stopped in the pass of the reference, after {bar.n:,} of {len(pairs):,} "
                     "pairs; they are kept, and the same command goes on from there"
