@@ -5,6 +5,7 @@ Commands share it. jax loads with the weights, after everything that can be wron
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -96,14 +97,11 @@ def _parse(argv: Sequence[str], config_class: type[_Config], description: str) -
 
 def _meet(config: RunConfig, workdir: str) -> None:
     """Goes on with the other hosts, if they run the same."""
-    import jax
-    import jaxlib
-
     # jax looks for the cache at its first program, which is one of these.
     use_compilation_cache(config.compilation_cache)
     hosts.meet()
-    versions = {"Python": platform.python_version(), "jax": jax.__version__}
-    hosts.check_same("versions", {**versions, "jaxlib": jaxlib.__version__})
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    hosts.check_same("versions", {"Python": platform.python_version(), **versions})
     hosts.check_same("config", dataclasses.asdict(config))
     going_on = has_checkpoints(workdir)
     hosts.check_same("--workdir", {"path": workdir, "holds checkpoints": going_on})
