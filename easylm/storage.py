@@ -234,8 +234,8 @@ def check_writable(folder: str) -> None:
     """
     if is_bucket(folder):
         probe = f"{folder.rstrip('/')}/.writable-{secrets.token_hex(4)}"
-        write_bytes(probe, b"")
         with explained(folder):
+            _bucket().pipe_file(probe, b"")
             _bucket().rm_file(probe)
 
 
