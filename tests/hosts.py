@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from tests.bucket import free_port
 from tests.runs import start
 
-# Every process compiles for itself, which takes most of the time of a tiny run.
-QUICKLY_COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-
 
 def start_hosts(
     arguments: list[str],

@@ -16,21 +16,21 @@ import sys
 import time
 from collections.abc import Callable
 
-import jax
-
 from easylm import dpo, sft, storage
 from easylm.data import prepare
-from easylm.fingerprint import params_fingerprint
 from easylm.hosts.command import run_on_hosts
 from easylm.hosts.link import parent
-from easylm.saving import Checkpointer
-from easylm.trainers import fit
 
 _CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree")
 
 
 def fingerprint(*trees) -> str:
     """Stands for the bits of all arrays in the trees, wherever they lie."""
+    # Of a host the process that trains loads jax, its parent does not.
+    import jax
+
+    from easylm.fingerprint import params_fingerprint
+
     leaves = jax.tree_util.tree_leaves_with_path(trees)
     return params_fingerprint({jax.tree_util.keystr(path): leaf for path, leaf in leaves})
 
@@ -83,6 +83,9 @@ def _note_data(note: Callable[..., None]) -> None:
 
 
 def _note_states(note: Callable[..., None]) -> None:
+    from easylm.saving import Checkpointer
+    from easylm.trainers import fit
+
     save, read_state = Checkpointer.save, fit.read_state
 
     def noted_save(self, step, params, opt_state, bundle):
@@ -99,6 +102,8 @@ def _note_states(note: Callable[..., None]) -> None:
 
 def slow_down(seconds: float) -> None:
     """Makes every batch take so long."""
+    from easylm.trainers import fit
+
     batches_on = fit.batches_on
 
     def slow(*arguments):

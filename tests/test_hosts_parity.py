@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pathlib
 import re
 import shutil
@@ -11,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import transformers
 
 from easylm import dpo, sft
 from easylm.reference import ReferenceTable
-from tests.hosts import QUICKLY_COMPILED, ends, start_hosts
+from easylm.tokenizer import train_tokenizer
+from tests.hosts import ends, start_hosts
 from tests.noted import read_notes
 from tests.runs import (
     EVAL_PAIRS,
@@ -30,6 +29,7 @@ from tests.runs import (
     make_pairs_folder,
     metrics,
 )
+from tests.tiny import hf_llama
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +77,6 @@ def run_twice(folder: pathlib.Path, command: str, hosts: int, options: dict) -> 
             devices=8 // hosts,
             module="tests.noted",
             NOTES=str(notes),
-            **QUICKLY_COMPILED,
         )
     )
     assert [code for code, _ in found] == [0] * hosts, found
@@ -96,20 +95,17 @@ def sft_runs(request, sft_folder):
 
 
 @pytest.fixture(scope="module")
-def models(sft_folder):
-    """Two folders with weights: several files, and another model of the same tokenizer."""
-    paths = [sft_folder / "several", sft_folder / "other" / "hf"]
-    for workdir, seed in (("one", 0), ("other", 1)):
-        longest = PAIRS_OPTIONS["model.max_position_embeddings"]
-        options = {**RANDOM, "model.max_position_embeddings": longest, "steps": 1, "seed": seed}
-        sft.main(arguments(sft_folder, sft_folder / workdir, options))
-    model = transformers.AutoModelForCausalLM.from_pretrained(sft_folder / "one" / "hf")
-    model.save_pretrained(paths[0], max_shard_size="40KB")
-    for name in os.listdir(sft_folder / "one" / "hf"):
-        if "token" in name:
-            shutil.copy(sft_folder / "one" / "hf" / name, paths[0])
-    assert len(list(paths[0].glob("*.safetensors"))) > 3
-    return paths
+def models(tmp_path_factory):
+    """Two folders with weights and one tokenizer; those of the first are in several files."""
+    folder = tmp_path_factory.mktemp("models")
+    texts = [turn["content"] for messages in conversations(ROWS) for turn in messages]
+    train_tokenizer(texts, 320, folder / "tokenizer")
+    for seed, (name, size) in enumerate({"several": "40KB", "other": "1GB"}.items()):
+        model = hf_llama(seed, vocab_size=320, max_position_embeddings=256)
+        model.save_pretrained(folder / name, max_shard_size=size)
+        shutil.copytree(folder / "tokenizer", folder / name, dirs_exist_ok=True)
+    assert len(list((folder / "several").glob("*.safetensors"))) > 3
+    return folder / "several", folder / "other"
 
 
 @pytest.fixture(scope="module", params=CASES, ids="{} hosts".format)
