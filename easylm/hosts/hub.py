@@ -91,9 +91,11 @@ class Hub:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def farewell(self) -> None:
-        """Waits until all others have heard how the run ends, or a while."""
+        """Waits until all others have come, heard how the run ends, and gone; or a while."""
         until = time.monotonic() + FAREWELL_SECONDS
-        while self._open and time.monotonic() < until:
+        while time.monotonic() < until:
+            if not self._open and all(host.wire is not None for host in self._hosts):
+                return
             time.sleep(0.05)
 
     def _watch(self) -> None:

@@ -77,7 +77,8 @@ def test_a_bucket_is_looked_into(tmp_path):
         local = tmp_path / "one_layer.json"
         local.write_text(json.dumps({**CONFIG, "num_hidden_layers": 1}))
         assert open_source(f"{url}/streaming_params", str(local)).kind.startswith("EasyLM")
-        with pytest.raises(InputError, match=r"gs://tests/none: no such file or folder; wanted"):
+        missing = "gs://tests/none: no such file or folder; check the spelling, and that .*; wanted"
+        with pytest.raises(InputError, match=missing):
             open_source(f"{url}/none")
 
 
