@@ -12,11 +12,13 @@ import time
 import pytest
 
 from easylm import sft
-from tests.hosts import QUICKLY_COMPILED, ends, start_hosts
+from tests.hosts import ends, start_hosts
 from tests.runs import RANDOM, arguments, make_folder, metrics
 
 pytestmark = pytest.mark.slow
 
+# Every process compiles for itself, which takes most of the time of a tiny run.
+QUICKLY_COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 OPTIONS = {**RANDOM, "steps": 2000, "checkpoint.every": 20}
 # In a namespace of its own a process may mount what nobody else sees, also without being root.
 OWN_MOUNTS = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c"]
