@@ -114,7 +114,8 @@ class Checkpointer:
         """
         with self._until_closed:
             self._wait(say_after=SAID_AFTER_SECONDS)
-            self._writer.close()
+            with _what_to_do_said(), failure_named(self._folder):  # its own threads may have failed
+                self._writer.close()
 
     def _wait(self, say_after: float | None = None) -> None:
         save, self._under_way = self._under_way, None
